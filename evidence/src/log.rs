@@ -1,0 +1,208 @@
+//! The measurement log and its replay to the registers.
+//!
+//! A log is a sequence of records in one file per epoch, nothing before, between or after them. Its first record
+//! begins with a `proxy-start` event whose history holds the registers' values before it: the replay starts there.
+//!
+//! ```text
+//! history of record 0 ──► record 0 ──► record 1 ──► …      each extends one register in every bank
+//! ```
+//!
+//! A log proves nothing by itself. It is believed only up to the record after which its [`Replay`] has the register
+//! values of a quote; and its history only if the caller knows the start otherwise (zeros after a TPM reset, or the
+//! value that the firmware's event log gives).
+
+use crate::{
+    Malformed,
+    digest::HashAlg,
+    event::{Event, EventBody, ProxyStart},
+    pcr::{self, Register, Registers},
+    record::Record,
+};
+
+/// A log that is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("record {recnum} at byte {offset}: {kind}")]
+pub struct LogError {
+    /// The number that the record has or should have.
+    pub recnum: u64,
+    /// Offset of the record in the input, in bytes.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub kind: LogErrorKind,
+}
+
+/// What is wrong with a record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LogErrorKind {
+    /// Not a record.
+    #[error("not a record: {0}")]
+    Malformed(Malformed),
+    /// Records are missing, doubled or out of order.
+    #[error("it says it is record {found}")]
+    OutOfOrder {
+        /// The number found.
+        found: u64,
+    },
+    /// The content is not what was hashed.
+    #[error("a digest is not that of its content")]
+    DigestMismatch,
+    /// It extends a register that is not one of the log's two.
+    #[error("it extends PCR {0}, which is not one of this log's")]
+    ForeignRegister(u8),
+    /// It does not have one digest for each bank of the log.
+    #[error("its banks are not those of the log's start")]
+    Banks,
+    /// Record 0 does not begin with a usable `proxy-start`.
+    #[error("the log does not begin with a proxy-start that fits: {0}")]
+    NoStart(&'static str),
+}
+
+impl LogError {
+    /// Whether the input ended inside the record.
+    #[must_use]
+    pub fn is_truncated(&self) -> bool {
+        matches!(&self.kind, LogErrorKind::Malformed(e) if e.is_truncated())
+    }
+}
+
+/// Cuts a log into records. After an error the iterator ends.
+pub struct LogReader<'a> {
+    bytes: &'a [u8],
+    offset: usize,
+    next: u64,
+    failed: bool,
+}
+
+impl<'a> LogReader<'a> {
+    /// Reads records from `bytes`, whose first one must have the number `first`.
+    #[must_use]
+    pub fn new(bytes: &'a [u8], first: u64) -> Self {
+        Self { bytes, offset: 0, next: first, failed: false }
+    }
+
+    /// Bytes read so far as whole records.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+}
+
+impl Iterator for LogReader<'_> {
+    type Item = Result<Record, LogError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = &self.bytes[self.offset..];
+        if self.failed || rest.is_empty() {
+            return None;
+        }
+        let error = match Record::parse_first(rest) {
+            Ok((record, len)) if record.recnum == self.next => {
+                self.offset += len;
+                self.next += 1;
+                return Some(Ok(record));
+            }
+            Ok((record, _)) => LogErrorKind::OutOfOrder { found: record.recnum },
+            Err(e) => LogErrorKind::Malformed(e),
+        };
+        self.failed = true;
+        Some(Err(LogError { recnum: self.next, offset: self.offset as u64, kind: error }))
+    }
+}
+
+/// The registers' values after a log's first records. The caller must trust the history that it started from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replay {
+    start: ProxyStart,
+    banks: Vec<HashAlg>,
+    registers: Registers,
+    len: u64,
+}
+
+impl Replay {
+    /// Starts with record 0 of an epoch and takes it in.
+    ///
+    /// # Errors
+    /// [`LogError`] when it is not a record that begins a log.
+    pub fn begin(record: &Record) -> Result<Self, LogError> {
+        let fail = |kind| LogError { recnum: 0, offset: 0, kind };
+        let no_start = |why| fail(LogErrorKind::NoStart(why));
+        if record.recnum != 0 {
+            return Err(fail(LogErrorKind::OutOfOrder { found: record.recnum }));
+        }
+        let events = record.events().map_err(|e| fail(LogErrorKind::Malformed(e)))?;
+        let Some(Event { body: EventBody::ProxyStart(start), .. }) = events.into_iter().next() else {
+            return Err(no_start("its first event is another"));
+        };
+        let registers = pcr::from_list(&start.history).ok_or_else(|| no_start("its history is not one"))?;
+        let banks: Vec<HashAlg> = record.digests.keys().copied().collect();
+        let expected: Vec<Register> = banks
+            .iter()
+            .flat_map(|&bank| {
+                let (low, high) = (start.pcr_vm.min(start.pcr_guest), start.pcr_vm.max(start.pcr_guest));
+                [Register { bank, pcr: low }, Register { bank, pcr: high }]
+            })
+            .collect();
+        if start.pcr_vm == start.pcr_guest || !registers.keys().eq(&expected) {
+            return Err(no_start("its history does not have both registers in each bank"));
+        }
+        let mut replay = Self { start, banks, registers, len: 0 };
+        replay.apply(record)?;
+        Ok(replay)
+    }
+
+    /// Takes in the next record.
+    ///
+    /// # Errors
+    /// [`LogError`]; the replay is then unchanged. The offset in the error is 0.
+    pub fn apply(&mut self, record: &Record) -> Result<(), LogError> {
+        let fail = |kind| Err(LogError { recnum: self.len, offset: 0, kind });
+        if record.recnum != self.len {
+            return fail(LogErrorKind::OutOfOrder { found: record.recnum });
+        }
+        if record.pcr != self.start.pcr_vm && record.pcr != self.start.pcr_guest {
+            return fail(LogErrorKind::ForeignRegister(record.pcr));
+        }
+        if !record.digests.keys().eq(&self.banks) {
+            return fail(LogErrorKind::Banks);
+        }
+        if !record.digests_match() {
+            return fail(LogErrorKind::DigestMismatch);
+        }
+        for (&bank, digest) in &record.digests {
+            if let Some(value) = self.registers.get_mut(&Register { bank, pcr: record.pcr }) {
+                pcr::extend(bank, value, &digest.0);
+            }
+        }
+        self.len += 1;
+        Ok(())
+    }
+
+    /// The event that the log began with.
+    #[must_use]
+    pub fn start(&self) -> &ProxyStart {
+        &self.start
+    }
+
+    /// The banks that the log extends.
+    #[must_use]
+    pub fn banks(&self) -> &[HashAlg] {
+        &self.banks
+    }
+
+    /// Both registers in every bank, after [`Replay::len`] records.
+    #[must_use]
+    pub fn registers(&self) -> &Registers {
+        &self.registers
+    }
+
+    /// Number of records taken in.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a replay is never empty: it begins with record 0")]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+pub(crate) mod tests;

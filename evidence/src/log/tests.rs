@@ -1,0 +1,165 @@
+//! The log against every kind of change to it.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    digest::FileDigest,
+    event::{GuestEntries, Image, Role, VmPause, VmRef, VmStart},
+    id::{BootId, Epoch, EpochId, SessionId, Sha256, TimeMs, VmId},
+    pcr::RegisterValue,
+};
+
+pub(crate) const BANKS: [HashAlg; 2] = [HashAlg::Sha1, HashAlg::Sha256];
+
+pub(crate) fn start_event(banks: &[HashAlg]) -> Event {
+    let history = banks
+        .iter()
+        .flat_map(|&bank| [12, 13].map(|pcr| RegisterValue { bank, pcr, value: vec![0; bank.size()].into() }))
+        .collect();
+    let body = ProxyStart {
+        host: "host-1".parse().unwrap(),
+        epoch: Epoch { number: 1, id: EpochId([7; 16]) },
+        boot_id: BootId([3; 16]),
+        version: "0.1.0".into(),
+        binary: None,
+        history,
+        pcr_vm: 12,
+        pcr_guest: 13,
+    };
+    Event { time: TimeMs(1), vm: None, body: body.into() }
+}
+
+fn vm() -> VmRef {
+    VmRef { vm: VmId(uuid::Uuid::from_bytes([9; 16])), session: SessionId([1; 8]) }
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let body = prop_oneof![
+        "[a-z]{1,12}".prop_map(|run_state| EventBody::from(VmPause { run_state })),
+        (any::<u32>(), any::<u64>(), any::<[u8; 32]>()).prop_map(|(boot, first, value)| {
+            GuestEntries { boot, first, count: 3, aggregate: Sha256(value) }.into()
+        }),
+        (any::<[u8; 32]>(), "[ -~]{0,30}", any::<u64>()).prop_map(|(value, text, size)| {
+            let digest = FileDigest::sha256(Sha256(value));
+            let component = crate::event::Component {
+                role: Role::KernelCmdline,
+                path: String::new(),
+                size,
+                digest,
+                text: Some(text.clone()),
+            };
+            let image =
+                Image { slot: "disk0/1".into(), path: text, format: "qcow2".into(), read_only: true, size, digest };
+            VmStart { components: vec![component], images: vec![image] }.into()
+        }),
+        Just(EventBody::Unknown { kind: "vm-levitate".into(), body: vec![0xa1, 0x00, 0x01].into() }),
+    ];
+    (any::<u64>(), body).prop_map(|(time, body)| Event { time: TimeMs(time), vm: Some(vm()), body })
+}
+
+fn any_log() -> impl Strategy<Value = Vec<Record>> {
+    prop::collection::vec((prop::bool::ANY, prop::collection::vec(any_event(), 1..4)), 0..12).prop_map(|records| {
+        let mut log = vec![Record::new(0, 12, &BANKS, &[start_event(&BANKS)])];
+        for (guest, events) in records {
+            log.push(Record::new(log.len() as u64, if guest { 13 } else { 12 }, &BANKS, &events));
+        }
+        log
+    })
+}
+
+pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, LogError> {
+    let mut replay: Option<Replay> = None;
+    for record in LogReader::new(bytes, 0) {
+        let record = record?;
+        match &mut replay {
+            None => replay = Some(Replay::begin(&record)?),
+            Some(replay) => replay.apply(&record)?,
+        }
+    }
+    Ok(replay.expect("a log has a record"))
+}
+
+fn bytes(log: &[Record]) -> Vec<u8> {
+    log.iter().flat_map(Record::to_bytes).collect()
+}
+
+proptest! {
+    #[test]
+    fn round_trip(log in any_log()) {
+        let whole = bytes(&log);
+        let read: Vec<_> = LogReader::new(&whole, 0).collect::<Result<_, _>>().unwrap();
+        prop_assert_eq!(&read, &log);
+        for record in &read {
+            let events = record.events().unwrap();
+            prop_assert_eq!(&Record::new(record.recnum, record.pcr, &BANKS, &events), record);
+            prop_assert!(record.to_json().is_ok());
+        }
+        prop_assert_eq!(replay(&whole).unwrap().len(), log.len() as u64);
+    }
+
+    #[test]
+    fn truncation_is_told_apart(log in any_log(), cut in any::<prop::sample::Index>()) {
+        let whole = bytes(&log);
+        let cut = cut.index(whole.len());
+        let mut at = 0;
+        let ends: Vec<usize> = log.iter().map(|r| { at += r.to_bytes().len(); at }).collect();
+        let mut reader = LogReader::new(&whole[..cut], 0);
+        let read = reader.by_ref().take_while(Result::is_ok).count();
+        prop_assert_eq!(read, ends.iter().filter(|&&end| end <= cut).count());
+        prop_assert_eq!(reader.offset(), if read == 0 { 0 } else { ends[read - 1] });
+        if cut != 0 && !ends.contains(&cut) {
+            let last = LogReader::new(&whole[..cut], 0).last().unwrap();
+            prop_assert!(last.unwrap_err().is_truncated());
+        }
+    }
+
+    #[test]
+    fn any_changed_bit_is_refused_or_changes_the_registers(
+        log in any_log(), at in any::<prop::sample::Index>(), bit in 0_u8..8,
+    ) {
+        let whole = bytes(&log);
+        let before = replay(&whole).unwrap();
+        let mut changed = whole.clone();
+        let at = at.index(whole.len());
+        changed[at] ^= 1 << bit;
+        if let Ok(after) = replay(&changed) {
+            prop_assert_ne!(after.registers(), before.registers());
+        }
+    }
+
+    #[test]
+    fn dropping_or_swapping_records_is_refused(log in any_log(), at in any::<prop::sample::Index>()) {
+        let at = at.index(log.len());
+        let mut dropped = log.clone();
+        dropped.remove(at);
+        if at + 1 < log.len() {
+            let err = replay(&bytes(&dropped)).unwrap_err();
+            prop_assert_eq!(err.recnum, at as u64);
+            let mut swapped = log.clone();
+            swapped.swap(at, at + 1);
+            prop_assert_eq!(replay(&bytes(&swapped)).unwrap_err().recnum, at as u64);
+        }
+    }
+
+    #[test]
+    fn rubbish_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        for record in LogReader::new(&bytes, 0).flatten() {
+            let _ = record.events();
+        }
+    }
+}
+
+#[test]
+fn unknown_kinds_are_kept() {
+    let event =
+        Event { time: TimeMs(5), vm: None, body: EventBody::Unknown { kind: "x".into(), body: vec![0xa0].into() } };
+    let record = Record::new(0, 12, &BANKS, std::slice::from_ref(&event));
+    assert_eq!(record.events().unwrap(), [event]);
+}
+
+#[test]
+fn a_history_without_a_bank_is_no_start() {
+    let record = Record::new(0, 12, &BANKS, &[start_event(&[HashAlg::Sha256])]);
+    assert!(matches!(Replay::begin(&record).unwrap_err().kind, LogErrorKind::NoStart(_)));
+}
