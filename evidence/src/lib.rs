@@ -25,12 +25,12 @@ pub mod guest_frame;
 pub mod id;
 pub mod ima;
 pub mod log;
-// pub mod nonce_tree;
+pub mod nonce_tree;
 pub mod pcr;
 mod reader;
 pub mod record;
-// pub mod statement;
-// pub mod stream;
-// pub mod tpm;
+pub mod statement;
+pub mod stream;
+pub mod tpm;
 
 pub use error::{Malformed, MalformedKind};

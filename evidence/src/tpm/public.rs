@@ -1,0 +1,179 @@
+//! `TPM2B_PUBLIC` of signing keys (TPM 2.0 Part 2, sections 12.2.4 and 12.2.5).
+
+use crate::{Malformed, digest::HashAlg, reader::Reader};
+
+const WHAT: &str = "TPM2B_PUBLIC";
+
+/// The longest public area that is read.
+const MAX_PUBLIC: usize = 1024;
+
+const ALG_RSA: u16 = 0x0001;
+const ALG_NULL: u16 = 0x0010;
+const ALG_ECC: u16 = 0x0023;
+const ECC_NIST_P256: u16 = 0x0003;
+
+/// `TPMA_OBJECT` (TPM 2.0 Part 2, section 8.3), as far as an AK must have or must not have them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attributes(pub u32);
+
+impl Attributes {
+    /// The key never leaves its TPM.
+    pub const FIXED_TPM: u32 = 1 << 1;
+    /// The key never gets another parent.
+    pub const FIXED_PARENT: u32 = 1 << 4;
+    /// The TPM made the key itself.
+    pub const SENSITIVE_DATA_ORIGIN: u32 = 1 << 5;
+    /// The key signs only what the TPM made.
+    pub const RESTRICTED: u32 = 1 << 16;
+    /// The key decrypts.
+    pub const DECRYPT: u32 = 1 << 17;
+    /// The key signs.
+    pub const SIGN: u32 = 1 << 18;
+
+    /// What an AK lacks or has too much to be believed: `None` when it is a restricted signing key that the TPM made
+    /// and that stays in it.
+    #[must_use]
+    pub fn ak_defect(self) -> Option<&'static str> {
+        let must = [
+            (Self::FIXED_TPM, "fixedTPM is not set"),
+            (Self::FIXED_PARENT, "fixedParent is not set"),
+            (Self::SENSITIVE_DATA_ORIGIN, "sensitiveDataOrigin is not set"),
+            (Self::RESTRICTED, "restricted is not set"),
+            (Self::SIGN, "sign is not set"),
+        ];
+        if self.0 & Self::DECRYPT != 0 {
+            return Some("decrypt is set");
+        }
+        must.into_iter().find(|(bit, _)| self.0 & bit == 0).map(|(_, why)| why)
+    }
+}
+
+/// A signing scheme with its hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SigScheme {
+    /// `TPM_ALG_ECDSA`.
+    Ecdsa(HashAlg),
+    /// `TPM_ALG_RSASSA`.
+    RsaSsa(HashAlg),
+    /// `TPM_ALG_RSAPSS`.
+    RsaPss(HashAlg),
+}
+
+/// A key's kind and public value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyParameters {
+    /// `TPM_ALG_ECC` on NIST P-256.
+    Ecc(EccPublic),
+    /// `TPM_ALG_RSA`.
+    Rsa(RsaPublic),
+}
+
+/// A P-256 point, big-endian coordinates of 32 bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EccPublic {
+    /// The x coordinate.
+    pub x: [u8; 32],
+    /// The y coordinate.
+    pub y: [u8; 32],
+}
+
+/// An RSA key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RsaPublic {
+    /// The modulus, big-endian.
+    pub modulus: Vec<u8>,
+    /// The public exponent; never 0 (the TPM's 0 is read as 65537).
+    pub exponent: u32,
+}
+
+/// A signing key's public area. Nothing ties it to a TPM but the caller's own knowledge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Public {
+    /// Hash of the key's name.
+    pub name_alg: HashAlg,
+    /// Its attributes.
+    pub attributes: Attributes,
+    /// The scheme that it must sign with.
+    pub scheme: SigScheme,
+    /// Kind and value.
+    pub key: KeyParameters,
+    /// The whole `TPMT_PUBLIC`.
+    area: Vec<u8>,
+}
+
+impl Public {
+    /// Reads a `TPM2B_PUBLIC` (u16 size, then the area) that fills `bytes`, as `tpm2_readpublic -f tss` writes it.
+    ///
+    /// # Errors
+    /// [`Malformed`], also for a key that has no signing scheme or is of another kind.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut outer = Reader::new(WHAT, bytes);
+        let area = outer.tpm2b(MAX_PUBLIC)?;
+        outer.end()?;
+        let mut r = Reader::new("TPMT_PUBLIC", area);
+        let kind = r.u16_be()?;
+        let name_alg = hash(&mut r)?;
+        let attributes = Attributes(r.u32_be()?);
+        r.tpm2b(64)?; // authPolicy
+        if r.u16_be()? != ALG_NULL {
+            return Err(r.invalid("a signing key has no symmetric algorithm"));
+        }
+        let scheme = match r.u16_be()? {
+            0x0018 => SigScheme::Ecdsa(hash(&mut r)?),
+            0x0014 => SigScheme::RsaSsa(hash(&mut r)?),
+            0x0016 => SigScheme::RsaPss(hash(&mut r)?),
+            _ => return Err(r.invalid("unknown signing scheme, or none")),
+        };
+        let key = match kind {
+            ALG_ECC => KeyParameters::Ecc(ecc(&mut r)?),
+            ALG_RSA => KeyParameters::Rsa(rsa(&mut r)?),
+            _ => return Err(Malformed::invalid("TPMT_PUBLIC", 0, "neither an ECC nor an RSA key")),
+        };
+        r.end()?;
+        if matches!(key, KeyParameters::Ecc(_)) != matches!(scheme, SigScheme::Ecdsa(_)) {
+            return Err(Malformed::invalid("TPMT_PUBLIC", 0, "the scheme is not one of the key's kind"));
+        }
+        Ok(Self { name_alg, attributes, scheme, key, area: area.to_vec() })
+    }
+
+    /// The key's name: algorithm, big-endian, and digest of the public area (TPM 2.0 Part 1, section 16).
+    #[must_use]
+    pub fn name(&self) -> Vec<u8> {
+        [self.name_alg.tpm_id().to_be_bytes().as_slice(), &self.name_alg.hash(&self.area)].concat()
+    }
+}
+
+fn hash(r: &mut Reader<'_>) -> Result<HashAlg, Malformed> {
+    HashAlg::from_tpm(r.u16_be()?).ok_or_else(|| r.invalid("unknown hash algorithm"))
+}
+
+fn ecc(r: &mut Reader<'_>) -> Result<EccPublic, Malformed> {
+    if r.u16_be()? != ECC_NIST_P256 {
+        return Err(r.invalid("the curve is not NIST P-256"));
+    }
+    if r.u16_be()? != ALG_NULL {
+        return Err(r.invalid("a signing key has no KDF"));
+    }
+    Ok(EccPublic { x: coordinate(r)?, y: coordinate(r)? })
+}
+
+/// A coordinate, whose leading zeros a TPM may leave out.
+fn coordinate(r: &mut Reader<'_>) -> Result<[u8; 32], Malformed> {
+    let bytes = r.tpm2b(32)?;
+    let mut out = [0; 32];
+    out[32 - bytes.len()..].copy_from_slice(bytes);
+    Ok(out)
+}
+
+fn rsa(r: &mut Reader<'_>) -> Result<RsaPublic, Malformed> {
+    let bits = r.u16_be()?;
+    let exponent = match r.u32_be()? {
+        0 => 65537,
+        other => other,
+    };
+    let modulus = r.tpm2b(512)?.to_vec();
+    if !matches!(bits, 2048 | 3072 | 4096) || modulus.len() != usize::from(bits / 8) {
+        return Err(r.invalid("RSA modulus is not 2048, 3072 or 4096 bits"));
+    }
+    Ok(RsaPublic { modulus, exponent })
+}
