@@ -40,7 +40,7 @@ pub enum Item {
     /// Bytes of the host's IMA binary list.
     #[n(2)]
     HostIma(#[n(0)] Piece),
-    /// Bytes of the measurement log of the statement's epoch: whole records.
+    /// Bytes of the measurement log of the statement's epoch.
     #[n(3)]
     Records(#[n(0)] Piece),
     /// Distinct entries of the guests' IMA lists.
@@ -133,24 +133,17 @@ pub struct Guest {
     pub entries: Vec<u32>,
 }
 
-/// Writes a stream.
-pub struct Writer {
-    out: Vec<u8>,
+/// The items between head and end, encoded once for every stream that carries them.
+#[derive(Debug, Clone, Default)]
+pub struct Pieces {
+    bytes: Vec<u8>,
     items: u64,
 }
 
-impl Writer {
-    /// Begins with the head.
-    #[must_use]
-    pub fn new(head: Head) -> Self {
-        let mut writer = Self { out: Vec::new(), items: 0 };
-        writer.push(&Item::Head(head));
-        writer
-    }
-
+impl Pieces {
     /// Adds a piece.
     pub fn push(&mut self, item: &Item) {
-        self.out.extend_from_slice(&cbor::encode(item));
+        self.bytes.extend_from_slice(&cbor::encode(item));
         self.items += 1;
     }
 
@@ -163,12 +156,13 @@ impl Writer {
         }
     }
 
-    /// Ends the stream and gives its bytes, not yet compressed.
+    /// The whole stream behind this head, not yet compressed.
     #[must_use]
-    pub fn finish(mut self) -> Vec<u8> {
-        let items = self.items;
-        self.push(&Item::End(items));
-        self.out
+    pub fn stream(&self, head: Head) -> Vec<u8> {
+        let mut out = cbor::encode(&Item::Head(head));
+        out.extend_from_slice(&self.bytes);
+        out.extend_from_slice(&cbor::encode(&Item::End(self.items + 1)));
+        out
     }
 }
 

@@ -31,7 +31,7 @@ fn any_stream() -> impl Strategy<Value = (Evidence, Vec<u8>)> {
     )
         .prop_map(|(records, host_ima, dictionary, refs)| {
             let dictionary: Vec<Blob> = dictionary.into_iter().map(Blob).collect();
-            let mut w = Writer::new(head());
+            let mut w = Pieces::default();
             w.push_log(Item::Records, 0, &records);
             w.push_log(Item::HostIma, 0, &host_ima);
             let half = dictionary.len() / 2;
@@ -49,7 +49,7 @@ fn any_stream() -> impl Strategy<Value = (Evidence, Vec<u8>)> {
                 dictionary,
                 guests: vec![guest(0, 0, refs), guest(1, 0, vec![1])],
             };
-            (evidence, w.finish())
+            (evidence, w.stream(head()))
         })
 }
 
@@ -109,8 +109,8 @@ fn gaps_doubles_and_second_heads_are_refused() {
         &[Item::Head(head())],
     ];
     for items in items {
-        let mut w = Writer::new(head());
+        let mut w = Pieces::default();
         items.iter().for_each(|item| w.push(item));
-        assert!(Evidence::parse(&w.finish()).is_err(), "{items:?}");
+        assert!(Evidence::parse(&w.stream(head())).is_err(), "{items:?}");
     }
 }

@@ -1,0 +1,273 @@
+//! The proxy's configuration: one TOML file, unknown keys refused by name.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use onequote_evidence::{
+    guest_frame,
+    id::HostId,
+    pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM, PCR_COUNT},
+};
+use serde::Deserialize;
+
+/// The configuration file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The host's name in statements and certificates.
+    pub host_id: HostId,
+    /// Where log, lists and identity are kept.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Where sockets are; monitors of VMs are in its folder `vms`.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// Where verifiers connect. With port 0 the system chooses; `listen.addr` in the state folder has the address.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// The register for host and VM life cycle.
+    #[serde(default = "default_pcr_vm")]
+    pub pcr_vm: u8,
+    /// The register for guests' run time.
+    #[serde(default = "default_pcr_guest")]
+    pub pcr_guest: u8,
+    /// The TPM.
+    pub tpm: Tpm,
+    /// Who may ask.
+    #[serde(default)]
+    pub verifiers: Vec<Verifier>,
+    /// References that a VM must match to be started.
+    pub enforce: Option<Enforce>,
+    /// Guests.
+    #[serde(default)]
+    pub guest: Guest,
+    /// The host's own logs.
+    #[serde(default)]
+    pub host: Host,
+}
+
+/// The TPM.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tpm {
+    /// How to reach it: `device:/dev/tpmrm0`, or `swtpm:path=SOCKET` for a software TPM.
+    pub tcti: String,
+}
+
+/// A verifier that may ask for evidence.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verifier {
+    /// Its name in our log.
+    pub name: String,
+    /// Its certificate, PEM.
+    pub certificate: PathBuf,
+}
+
+/// Local enforcement.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enforce {
+    /// The reference list, TOML.
+    pub references: PathBuf,
+}
+
+/// Guests.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guest {
+    /// The vsock port on which shims connect.
+    pub port: u32,
+    /// Listen on AF_VSOCK: `true`, `false`, or where the kernel has it when absent.
+    pub vsock: Option<bool>,
+    /// Listen on a Unix socket `NAME.vsock_PORT` for each VM, for vhost-user back ends.
+    pub unix: bool,
+    /// Milliseconds that a quote waits for guests to send what is new.
+    pub collect_ms: u64,
+    /// Entries that one guest may send in one boot.
+    pub max_entries: u64,
+    /// Bytes of entries, new to the host, that one guest may send in one boot.
+    pub max_bytes: u64,
+}
+
+/// The host's own logs. Absent files are not sent, and the verifier says what it could not check.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Host {
+    /// The firmware's event log, `/sys/kernel/security/tpm0/binary_bios_measurements`.
+    pub firmware_log: Option<PathBuf>,
+    /// The host's IMA list, `/sys/kernel/security/ima/binary_runtime_measurements`.
+    pub ima_list: Option<PathBuf>,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        let limits = crate::guest::Limits::default();
+        Self {
+            port: guest_frame::DEFAULT_PORT,
+            vsock: None,
+            unix: true,
+            collect_ms: 500,
+            max_entries: limits.entries,
+            max_bytes: limits.bytes,
+        }
+    }
+}
+
+/// The configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {error}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong kind. The message has line and key.
+    #[error("{path}: {error}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        error: Box<toml::de::Error>,
+    },
+    /// A value that cannot be.
+    #[error("{path}: {key}: {why}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming file and key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|error| ConfigError::Parse { path: path.to_owned(), error: Box::new(error) })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let bad = |key, why: String| Err(ConfigError::Value { path: path.to_owned(), key, why });
+        for (key, pcr) in [("pcr_vm", self.pcr_vm), ("pcr_guest", self.pcr_guest)] {
+            // 0–7 are the firmware's, 10 is IMA's, 16 and up can be reset or need another locality.
+            if pcr >= PCR_COUNT || !matches!(pcr, 8 | 9 | 11..=15) {
+                return bad(key, format!("PCR {pcr} is not one of 8, 9, 11 to 15"));
+            }
+        }
+        if self.pcr_vm == self.pcr_guest {
+            return bad("pcr_guest", "is the same register as pcr_vm".to_owned());
+        }
+        for (key, dir) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir)] {
+            if !dir.is_absolute() {
+                return bad(key, format!("{} is not an absolute path", dir.display()));
+            }
+        }
+        // A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
+        if self.vms_dir().as_os_str().len() > 80 {
+            return bad("run_dir", "is too long: sockets of VMs in it would not fit 107 bytes".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Where monitors of VMs are.
+    #[must_use]
+    pub fn vms_dir(&self) -> PathBuf {
+        self.run_dir.join("vms")
+    }
+
+    /// The socket at which the proxy answers its own command line.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        self.run_dir.join("proxy.sock")
+    }
+
+    /// The folder of the measurement log.
+    #[must_use]
+    pub fn log_dir(&self) -> PathBuf {
+        self.state_dir.join("log")
+    }
+
+    /// The folder of guests' lists.
+    #[must_use]
+    pub fn guests_dir(&self) -> PathBuf {
+        self.state_dir.join("guests")
+    }
+
+    /// How long a quote waits for guests.
+    #[must_use]
+    pub fn collect_wait(&self) -> Duration {
+        Duration::from_millis(self.guest.collect_ms)
+    }
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/onequote".into()
+}
+
+fn default_run_dir() -> PathBuf {
+    "/run/onequote".into()
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 20305))
+}
+
+fn default_pcr_vm() -> u8 {
+    DEFAULT_PCR_VM
+}
+
+fn default_pcr_guest() -> u8 {
+    DEFAULT_PCR_GUEST
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("proxy.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::read(&path)
+    }
+
+    const LEAST: &str = "host_id = \"h1\"\n[tpm]\ntcti = \"device:/dev/tpmrm0\"\n";
+
+    #[test]
+    fn least() {
+        let config = read(LEAST).unwrap();
+        assert_eq!((config.pcr_vm, config.pcr_guest, config.guest.port), (12, 13, 20305));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_by_name() {
+        let err = read(&format!("{LEAST}tctl = \"x\"\n")).unwrap_err().to_string();
+        assert!(err.contains("proxy.toml") && err.contains("tctl"), "{err}");
+        let err = read(&format!("enforec = 1\n{LEAST}")).unwrap_err().to_string();
+        assert!(err.contains("enforec"), "{err}");
+    }
+
+    #[test]
+    fn impossible_registers_are_refused() {
+        for text in ["pcr_vm = 10\n", "pcr_vm = 24\n", "pcr_guest = 12\n", "pcr_guest = 16\n"] {
+            let err = read(&format!("{text}{LEAST}")).unwrap_err().to_string();
+            assert!(err.contains("pcr_"), "{err}");
+        }
+    }
+}

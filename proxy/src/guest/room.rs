@@ -1,0 +1,264 @@
+//! The room's door: what connections, the quote and the evidence ask of it.
+//!
+//! Everything that changes a list goes as a [`Job`] to the one writer ([`super::writer`]), in the order of arrival.
+//! Only the time of a guest's last frame, and who has answered a collection, are kept here.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use onequote_evidence::{
+    event::VmRef,
+    id::{Blob, BootId, Sha256},
+    ima::Aggregate,
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+
+/// What one guest may bring in one boot.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Entries.
+    pub entries: u64,
+    /// Bytes of entries that no guest had before.
+    pub bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { entries: 1_000_000, bytes: 64 * 1024 * 1024 }
+    }
+}
+
+/// The room refused.
+#[derive(Debug, thiserror::Error)]
+pub enum RoomError {
+    /// The proxy is ending.
+    #[error("the proxy is ending")]
+    Closed,
+    /// The log does not know the VM (yet), or it is measured no more.
+    #[error("the VM is not in the log")]
+    UnknownVm,
+    /// Nothing more is taken in this boot.
+    #[error("nothing more is taken from this guest in this boot: {0}")]
+    ListClosed(&'static str),
+    /// The guest sent entries that do not follow those it sent before.
+    #[error("entries begin at {found}, expected {expected}")]
+    OutOfOrder {
+        /// Where they should begin.
+        expected: u64,
+        /// Where they begin.
+        found: u64,
+    },
+    /// Another connection of the same VM took over.
+    #[error("replaced by a newer connection")]
+    Replaced,
+    /// The list could not be kept.
+    #[error("cannot keep the guest's list: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// A connection's right to add to a list, until a newer connection of the same VM takes it over.
+#[derive(Debug, Clone)]
+pub struct Token {
+    /// The VM.
+    pub vm: VmRef,
+    /// The boot that the connection speaks of.
+    pub boot: u32,
+    /// Size of the template hash in its list.
+    pub hash_size: u32,
+    /// Which connection of the session this is.
+    pub generation: u64,
+}
+
+/// Work for the writer.
+pub(super) enum Job {
+    Hello {
+        vm: VmRef,
+        boot_id: BootId,
+        hash_size: u32,
+        collect: mpsc::Sender<u64>,
+        reply: oneshot::Sender<Result<(Token, Aggregate), RoomError>>,
+    },
+    Rewound {
+        token: Token,
+        claimed: (u64, Sha256),
+        boot_id: BootId,
+    },
+    Entries {
+        token: Token,
+        first: u64,
+        count: u64,
+        bytes: Blob,
+        permit: OwnedSemaphorePermit,
+        reply: oneshot::Sender<Result<(), RoomError>>,
+    },
+    Lost {
+        token: Token,
+        reason: String,
+    },
+    /// The VM's process ended.
+    Ended(VmRef),
+    /// Answered when everything before it is in the log.
+    Flush(oneshot::Sender<()>),
+    /// Give these lists up to these counts.
+    Lists(Vec<(VmRef, u32, u64)>, oneshot::Sender<Lists>),
+    /// Everybody who is connected.
+    Connected(oneshot::Sender<Vec<(VmRef, mpsc::Sender<u64>)>>),
+}
+
+/// Guests' lists for evidence.
+#[derive(Debug, Default)]
+pub struct Lists {
+    /// The entries that the lists refer to, each once.
+    pub dictionary: Vec<Arc<[u8]>>,
+    /// For each list asked for, references into `dictionary`.
+    pub lists: Vec<(VmRef, u32, Vec<u32>)>,
+}
+
+/// The room.
+pub struct Room {
+    jobs: mpsc::Sender<Job>,
+    contacts: Mutex<HashMap<VmRef, Instant>>,
+    collecting: Mutex<Option<Collecting>>,
+    next_collect: AtomicU64,
+}
+
+struct Collecting {
+    id: u64,
+    waiting: HashSet<VmRef>,
+    done: Arc<Notify>,
+}
+
+impl Room {
+    pub(super) fn new(jobs: mpsc::Sender<Job>) -> Self {
+        Self { jobs, contacts: Mutex::default(), collecting: Mutex::default(), next_collect: AtomicU64::new(1) }
+    }
+
+    /// A shim connected. Gives what the host holds of this boot's list, and where requests to collect come from.
+    pub(super) async fn hello(
+        &self,
+        vm: VmRef,
+        boot_id: BootId,
+        hash_size: u32,
+    ) -> Result<(Token, Aggregate, mpsc::Receiver<u64>), RoomError> {
+        let (collect, requests) = mpsc::channel(4);
+        let (token, have) = self.ask(|reply| Job::Hello { vm, boot_id, hash_size, collect, reply }).await??;
+        self.touch(vm);
+        Ok((token, have, requests))
+    }
+
+    pub(super) async fn rewound(
+        &self,
+        token: &Token,
+        claimed: (u64, Sha256),
+        boot_id: BootId,
+    ) -> Result<(), RoomError> {
+        let job = Job::Rewound { token: token.clone(), claimed, boot_id };
+        self.jobs.send(job).await.map_err(|_| RoomError::Closed)
+    }
+
+    /// Hands over entries; resolves when they are in the list. `permit` is given back when they are in the log.
+    pub(super) async fn entries(
+        &self,
+        token: &Token,
+        first: u64,
+        count: u64,
+        bytes: Vec<u8>,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<(), RoomError> {
+        self.touch(token.vm);
+        let token = token.clone();
+        self.ask(|reply| Job::Entries { token, first, count, bytes: Blob(bytes), permit, reply }).await?
+    }
+
+    /// The guest answered, with nothing new. `count` is what it says it has sent.
+    pub(super) fn alive(&self, token: &Token, _count: u64, collected: Option<u64>) -> Result<(), RoomError> {
+        self.touch(token.vm);
+        if let Some(id) = collected {
+            self.answered(token.vm, Some(id));
+        }
+        Ok(())
+    }
+
+    pub(super) async fn disconnected(&self, token: &Token, reason: &str) {
+        self.answered(token.vm, None);
+        let _ = self.jobs.send(Job::Lost { token: token.clone(), reason: reason.to_owned() }).await;
+    }
+
+    /// The VM's process ended.
+    pub async fn ended(&self, vm: VmRef) {
+        lock(&self.contacts).remove(&vm);
+        let _ = self.jobs.send(Job::Ended(vm)).await;
+    }
+
+    /// Time since a guest's last frame.
+    #[must_use]
+    pub fn last_contact(&self, vm: &VmRef) -> Option<Duration> {
+        lock(&self.contacts).get(vm).map(Instant::elapsed)
+    }
+
+    /// Asks all connected guests for what is new, waits at most `wait` for them, then until all that came is in the
+    /// log. Gives those that did not answer in time. Only one collection runs at a time (the caller is one task).
+    pub async fn collect(&self, wait: Duration) -> HashSet<VmRef> {
+        let Ok(connected) = self.ask(Job::Connected).await else { return HashSet::new() };
+        let id = self.next_collect.fetch_add(1, Ordering::Relaxed);
+        let done = Arc::new(Notify::new());
+        let mut waiting = HashSet::new();
+        // Whoever does not even take the request is late; nobody waits for a full channel.
+        let mut late = HashSet::new();
+        *lock(&self.collecting) =
+            Some(Collecting { id, waiting: connected.iter().map(|(vm, _)| *vm).collect(), done: Arc::clone(&done) });
+        for (vm, requests) in connected {
+            match requests.try_send(id) {
+                Ok(()) => waiting.insert(vm),
+                Err(_) => {
+                    self.answered(vm, Some(id));
+                    late.insert(vm)
+                }
+            };
+        }
+        if !waiting.is_empty() {
+            let _ = tokio::time::timeout(wait, done.notified()).await;
+        }
+        if let Some(collecting) = lock(&self.collecting).take() {
+            late.extend(collecting.waiting);
+        }
+        let _ = self.ask(Job::Flush).await;
+        late
+    }
+
+    /// The lists' entries, up to the counts given, for evidence.
+    pub async fn lists(&self, wanted: Vec<(VmRef, u32, u64)>) -> Lists {
+        self.ask(|reply| Job::Lists(wanted, reply)).await.unwrap_or_default()
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> Result<T, RoomError> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(job(reply)).await.map_err(|_| RoomError::Closed)?;
+        answer.await.map_err(|_| RoomError::Closed)
+    }
+
+    fn touch(&self, vm: VmRef) {
+        lock(&self.contacts).insert(vm, Instant::now());
+    }
+
+    /// A guest answered a collection, or cannot any more (`None`).
+    fn answered(&self, vm: VmRef, id: Option<u64>) {
+        let mut guard = lock(&self.collecting);
+        let Some(collecting) = guard.as_mut().filter(|c| id.is_none_or(|id| id == c.id)) else { return };
+        collecting.waiting.remove(&vm);
+        if collecting.waiting.is_empty() {
+            collecting.done.notify_one();
+        }
+    }
+}
+
+/// A panic while holding one of these locks leaves maps that are still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,379 @@
+//! The one owner of the guests' lists.
+//!
+//! ```text
+//! jobs ──► lists in memory ──► dictionary and list files, synced ──► guest-entries in the log ──► permits given back
+//! ```
+//!
+//! The writer takes all jobs that wait, changes the lists, saves them, and logs one batch of events. While the TPM is
+//! busy jobs queue, and the next batch carries them all. What is still to be logged is always computed from what the
+//! log has (the inventory) and what the lists hold, so that a batch that failed is neither lost nor logged twice.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use onequote_evidence::{
+    event::{Event, EventBody, GuestEntries, GuestHello, GuestLost, GuestOverflow, GuestRewind, VmRef},
+    id::{BootId, Sha256, TimeMs},
+    ima::{Aggregate, ListReader},
+};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tracing::{info, warn};
+
+use super::{
+    dictionary::Dictionary,
+    list::{Closed, GuestList},
+    room::{Job, Limits, Lists, RoomError, Token},
+};
+use crate::{inventory::Inventory, sink::EventSink};
+
+/// Jobs taken into one batch.
+const BATCH: usize = 1024;
+
+/// How often a batch that failed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Connections of one session that are logged; later ones are only counted, so that a guest that connects over and
+/// over cannot fill the log. Every new boot is logged.
+const LOGGED_CONNECTIONS: u32 = 64;
+
+pub(super) struct Writer {
+    folder: PathBuf,
+    limits: Limits,
+    clock: fn() -> TimeMs,
+    inventory: Arc<RwLock<Inventory>>,
+    sink: Arc<dyn EventSink>,
+    dictionary: Dictionary,
+    sessions: HashMap<VmRef, Session>,
+    /// Events that are not in the log yet and cannot be computed from the lists.
+    events: Vec<Event>,
+    permits: Vec<OwnedSemaphorePermit>,
+    flushes: Vec<oneshot::Sender<()>>,
+}
+
+#[derive(Default)]
+struct Session {
+    lists: Vec<GuestList>,
+    generation: u64,
+    connections: u32,
+    collect: Option<mpsc::Sender<u64>>,
+}
+
+impl Writer {
+    /// Opens the folder and loads the lists of all VMs of the inventory.
+    pub(super) fn open(
+        folder: PathBuf,
+        limits: Limits,
+        clock: fn() -> TimeMs,
+        inventory: Arc<RwLock<Inventory>>,
+        sink: Arc<dyn EventSink>,
+    ) -> io::Result<Self> {
+        std::fs::create_dir_all(&folder)?;
+        let dictionary = Dictionary::open(&folder.join("dictionary"))?;
+        let mut sessions = HashMap::new();
+        for (vm, logged) in read(&inventory).vms() {
+            let mut session = Session::default();
+            for boot in &logged.boots {
+                let list = GuestList::load(&folder, vm, boot, &dictionary)?;
+                if list.closed == Some(Closed::Damaged) {
+                    warn!(vm = %logged.name, boot = boot.boot, "the guest's list on disk does not give what was logged; it is kept as it is");
+                }
+                session.lists.push(list);
+            }
+            sessions.insert(*vm, session);
+        }
+        Ok(Self {
+            folder,
+            limits,
+            clock,
+            inventory,
+            sink,
+            dictionary,
+            sessions,
+            events: Vec::new(),
+            permits: Vec::new(),
+            flushes: Vec::new(),
+        })
+    }
+
+    pub(super) async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        let mut failed = false;
+        loop {
+            let job = if failed {
+                match tokio::time::timeout(RETRY, jobs.recv()).await {
+                    Ok(Some(job)) => Some(job),
+                    Ok(None) => return,
+                    Err(_) => None,
+                }
+            } else {
+                let Some(job) = jobs.recv().await else { return };
+                Some(job)
+            };
+            if let Some(job) = job {
+                self.take(job);
+                for _ in 1..BATCH {
+                    let Ok(job) = jobs.try_recv() else { break };
+                    self.take(job);
+                }
+            }
+            match self.log().await {
+                Ok(()) => failed = false,
+                Err(e) => {
+                    if !failed {
+                        warn!("guests' entries wait: {e}");
+                    }
+                    failed = true;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, job: Job) {
+        match job {
+            Job::Hello { vm, boot_id, hash_size, collect, reply } => {
+                let _ = reply.send(self.hello(vm, boot_id, hash_size, collect));
+            }
+            Job::Rewound { token, claimed, boot_id } => self.rewound(&token, claimed, boot_id),
+            Job::Entries { token, first, count, bytes, permit, reply } => {
+                let taken = self.entries(&token, first, count, &bytes.0);
+                self.permits.push(permit);
+                let _ = reply.send(taken);
+            }
+            Job::Lost { token, reason } => self.lost(&token, reason),
+            Job::Ended(vm) => {
+                self.sessions.remove(&vm);
+            }
+            Job::Flush(done) => self.flushes.push(done),
+            Job::Lists(wanted, reply) => {
+                let _ = reply.send(self.lists(&wanted));
+            }
+            Job::Connected(reply) => {
+                let connected = self.sessions.iter().filter_map(|(vm, s)| Some((*vm, s.collect.clone()?))).collect();
+                let _ = reply.send(connected);
+            }
+        }
+    }
+
+    fn hello(
+        &mut self,
+        vm: VmRef,
+        boot_id: BootId,
+        hash_size: u32,
+        collect: mpsc::Sender<u64>,
+    ) -> Result<(Token, Aggregate), RoomError> {
+        let (may_reboot, name) = match read(&self.inventory).vm(&vm) {
+            Some(logged) if logged.measured => (logged.may_reboot, logged.name.clone()),
+            _ => return Err(RoomError::UnknownVm),
+        };
+        let session = self.sessions.entry(vm).or_default();
+        let (new, boot) = match session.lists.last() {
+            None => (true, 0),
+            Some(last) if last.boot_id == boot_id => (false, last.boot),
+            Some(last) if may_reboot => (true, last.boot + 1),
+            Some(last) => {
+                let token = Token { vm, boot: last.boot, hash_size, generation: session.generation };
+                self.rewound(&token, (0, Sha256::ZERO), boot_id);
+                return Err(RoomError::ListClosed("it claims another boot, and the VM was not reset"));
+            }
+        };
+        if new {
+            session.lists.push(GuestList::create(&self.folder, &vm, boot, boot_id, hash_size)?);
+        }
+        let Some(list) = session.lists.last() else { return Err(RoomError::UnknownVm) };
+        match list.closed {
+            Some(Closed::ByGuest) => return Err(RoomError::ListClosed("rewound or over a limit")),
+            Some(Closed::Damaged) => return Err(RoomError::ListClosed("its list on the host is damaged")),
+            None if list.hash_size != hash_size => {
+                return Err(RoomError::ListClosed("the size of its template hashes changed"));
+            }
+            None => {}
+        }
+        let have = list.received;
+        session.generation += 1;
+        session.connections += 1;
+        session.collect = Some(collect);
+        let token = Token { vm, boot, hash_size, generation: session.generation };
+        if new || session.connections <= LOGGED_CONNECTIONS {
+            let body = GuestHello { boot, boot_id, hash_size, count: have.count };
+            self.event(vm, body.into());
+        }
+        info!(vm = %name, boot, have = have.count, "guest connected");
+        Ok((token, have))
+    }
+
+    fn entries(&mut self, token: &Token, first: u64, count: u64, bytes: &[u8]) -> Result<(), RoomError> {
+        let limits = self.limits;
+        let list = current(&mut self.sessions, token)?;
+        if let Some(why) = list.closed {
+            return Err(RoomError::ListClosed(match why {
+                Closed::ByGuest => "rewound or over a limit",
+                Closed::Damaged => "its list on the host is damaged",
+            }));
+        }
+        if first != list.received.count {
+            return Err(RoomError::OutOfOrder { expected: list.received.count, found: first });
+        }
+        let over = if first + count > limits.entries {
+            Some(format!("{} entries in a boot", limits.entries))
+        } else if list.brought + bytes.len() as u64 > limits.bytes {
+            // Counted in full only when they are new; see below.
+            let new: usize = ListReader::new(bytes, token.hash_size as usize)
+                .flatten()
+                .filter(|entry| !self.dictionary.contains(entry))
+                .map(|entry| entry.raw.len())
+                .sum();
+            (list.brought + new as u64 > limits.bytes)
+                .then(|| format!("{} bytes of new entries in a boot", limits.bytes))
+        } else {
+            None
+        };
+        if let Some(limit) = over {
+            list.closed = Some(Closed::ByGuest);
+            let body = GuestOverflow { boot: token.boot, count: list.received.count, limit };
+            self.event(token.vm, body.into());
+            return Err(RoomError::ListClosed("over a limit"));
+        }
+        // The connection has checked that all of the bytes are entries.
+        for entry in ListReader::new(bytes, token.hash_size as usize).flatten() {
+            if !self.dictionary.contains(&entry) {
+                list.brought += entry.raw.len() as u64;
+            }
+            let (id, digest) = self.dictionary.intern(&entry)?;
+            list.refs.push(id);
+            list.received.push_digest(&digest);
+        }
+        Ok(())
+    }
+
+    fn rewound(&mut self, token: &Token, claimed: (u64, Sha256), boot_id: BootId) {
+        let Some(session) = self.sessions.get_mut(&token.vm) else { return };
+        let Some(list) = session.lists.iter_mut().find(|list| list.boot == token.boot) else { return };
+        if list.closed.is_some() {
+            return;
+        }
+        list.closed = Some(Closed::ByGuest);
+        let body = GuestRewind {
+            boot: token.boot,
+            count: list.received.count,
+            aggregate: list.received.value,
+            claimed_count: claimed.0,
+            claimed: claimed.1,
+            boot_id,
+        };
+        warn!(vm = %token.vm.vm, boot = token.boot, "a guest claims another past than it told before");
+        self.event(token.vm, body.into());
+    }
+
+    fn lost(&mut self, token: &Token, reason: String) {
+        let Ok(list) = current(&mut self.sessions, token) else { return };
+        let body = GuestLost { boot: token.boot, count: list.received.count, reason };
+        let Some(session) = self.sessions.get_mut(&token.vm) else { return };
+        session.collect = None;
+        info!(vm = %token.vm.vm, boot = token.boot, reason = body.reason, "guest connection lost");
+        if session.connections <= LOGGED_CONNECTIONS {
+            self.event(token.vm, body.into());
+        }
+    }
+
+    fn event(&mut self, vm: VmRef, body: EventBody) {
+        self.events.push(Event { time: (self.clock)(), vm: Some(vm), body });
+    }
+
+    fn lists(&self, wanted: &[(VmRef, u32, u64)]) -> Lists {
+        let mut out = Lists::default();
+        let mut places: HashMap<u32, u32> = HashMap::new();
+        for (vm, boot, count) in wanted {
+            let list = self.sessions.get(vm).and_then(|s| s.lists.iter().find(|list| list.boot == *boot));
+            let refs = list.map_or(&[][..], |list| &list.refs[..list.refs.len().min(*count as usize)]);
+            let mut mapped = Vec::with_capacity(refs.len());
+            for id in refs {
+                let Some(entry) = self.dictionary.entry(*id) else { break };
+                let place = *places.entry(*id).or_insert_with(|| {
+                    out.dictionary.push(Arc::clone(entry));
+                    out.dictionary.len() as u32 - 1
+                });
+                mapped.push(place);
+            }
+            out.lists.push((*vm, *boot, mapped));
+        }
+        out
+    }
+
+    /// Saves and logs all that is not logged yet.
+    async fn log(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.sink.ready().await?;
+        tokio::task::block_in_place(|| {
+            self.dictionary.save()?;
+            self.sessions.values_mut().flat_map(|s| &mut s.lists).try_for_each(GuestList::save)
+        })?;
+        let events = self.due();
+        if !events.is_empty() {
+            self.sink.append(events).await?;
+        }
+        self.events.clear();
+        self.permits.clear();
+        for flush in self.flushes.drain(..) {
+            let _ = flush.send(());
+        }
+        Ok(())
+    }
+
+    /// What the log does not have yet: kept events, each list's new entries after its hello and before its end.
+    fn due(&mut self) -> Vec<Event> {
+        let inventory = read(&self.inventory);
+        let closed = |event: &&Event| {
+            matches!(event.body, EventBody::GuestRewind(_) | EventBody::GuestOverflow(_) | EventBody::GuestLost(_))
+        };
+        let logged_already = |event: &Event| {
+            let boots = event.vm.and_then(|vm| inventory.vm(&vm)).map(|vm| vm.boots.as_slice()).unwrap_or_default();
+            let of = |boot: u32| boots.iter().find(|b| b.boot == boot);
+            match &event.body {
+                EventBody::GuestHello(hello) => hello.count == 0 && of(hello.boot).is_some(),
+                EventBody::GuestRewind(body) => of(body.boot).is_some_and(|b| b.closed),
+                EventBody::GuestOverflow(body) => of(body.boot).is_some_and(|b| b.closed),
+                _ => false,
+            }
+        };
+        self.events.retain(|event| !logged_already(event));
+        let mut events: Vec<Event> = self.events.iter().filter(|e| !closed(e)).cloned().collect();
+        for (vm, session) in &mut self.sessions {
+            let boots = inventory.vm(vm).map(|vm| vm.boots.as_slice()).unwrap_or_default();
+            for list in session.lists.iter_mut().filter(|list| list.closed != Some(Closed::Damaged)) {
+                let logged = boots.iter().find(|b| b.boot == list.boot);
+                list.logged = logged
+                    .map_or(Aggregate::EMPTY, |logged| Aggregate { count: logged.count, value: logged.aggregate });
+                if list.received.count > list.logged.count {
+                    let body = GuestEntries {
+                        boot: list.boot,
+                        first: list.logged.count,
+                        count: list.received.count - list.logged.count,
+                        aggregate: list.received.value,
+                    };
+                    events.push(Event { time: (self.clock)(), vm: Some(*vm), body: body.into() });
+                }
+            }
+        }
+        events.extend(self.events.iter().filter(closed).cloned());
+        // A VM whose end is logged already takes no more events.
+        let live: HashSet<VmRef> = inventory.vms().map(|(vm, _)| *vm).collect();
+        events.retain(|event| event.vm.is_some_and(|vm| live.contains(&vm)));
+        events
+    }
+}
+
+/// The list that a connection may add to.
+fn current<'a>(sessions: &'a mut HashMap<VmRef, Session>, token: &Token) -> Result<&'a mut GuestList, RoomError> {
+    let session = sessions.get_mut(&token.vm).ok_or(RoomError::UnknownVm)?;
+    if session.generation != token.generation {
+        return Err(RoomError::Replaced);
+    }
+    session.lists.iter_mut().find(|list| list.boot == token.boot).ok_or(RoomError::UnknownVm)
+}
+
+fn read(inventory: &RwLock<Inventory>) -> std::sync::RwLockReadGuard<'_, Inventory> {
+    inventory.read().unwrap_or_else(PoisonError::into_inner)
+}

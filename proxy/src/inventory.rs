@@ -1,0 +1,137 @@
+//! What the log says is there: the VMs, their run states and their guests' lists.
+//!
+//! The inventory is a fold over the log's events and nothing else, so that a statement about a log of N records is a
+//! function of these N records. The recorder applies each record's events here in the moment in which the record is
+//! on disk and in the TPM, before anybody is told; at start it applies the whole log.
+
+use std::collections::BTreeMap;
+
+use onequote_evidence::{
+    event::{Depth, Event, EventBody, Image, VmRef},
+    id::{BootId, Sha256},
+};
+
+/// All VMs whose QEMU process has not ended, by the log.
+#[derive(Debug, Clone, Default)]
+pub struct Inventory {
+    vms: BTreeMap<VmRef, LoggedVm>,
+}
+
+/// One VM by the log.
+#[derive(Debug, Clone)]
+pub struct LoggedVm {
+    /// Its name.
+    pub name: String,
+    /// QEMU's process id.
+    pub pid: u32,
+    /// How it is watched.
+    pub depth: Depth,
+    /// QEMU's run state.
+    pub run_state: String,
+    /// Its images as last measured.
+    pub images: Vec<Image>,
+    /// Whether it was measured (a VM that was refused was not).
+    pub measured: bool,
+    /// Its guest's lists, oldest first.
+    pub boots: Vec<LoggedBoot>,
+    /// Whether a reset, or a time in which nobody watched, came after the last boot began: the next hello may begin
+    /// a new one.
+    pub may_reboot: bool,
+}
+
+/// One boot of a guest by the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoggedBoot {
+    /// Which boot of the session, from 0.
+    pub boot: u32,
+    /// The boot id that the guest claimed.
+    pub boot_id: BootId,
+    /// Size of the template hash in its list, in bytes.
+    pub hash_size: u32,
+    /// Entries logged.
+    pub count: u64,
+    /// The virtual PCR 10 over them.
+    pub aggregate: Sha256,
+    /// Whether nothing more is taken: the guest claimed another past, or went over a limit.
+    pub closed: bool,
+}
+
+impl Inventory {
+    /// Takes in the next event of the log.
+    pub fn apply(&mut self, event: &Event) {
+        let Some(key) = event.vm else { return };
+        if let EventBody::VmCreate(body) = &event.body {
+            self.vms.entry(key).or_insert_with(|| LoggedVm {
+                name: body.name.clone(),
+                pid: body.pid,
+                depth: body.depth,
+                run_state: "prelaunch".to_owned(),
+                images: Vec::new(),
+                measured: false,
+                boots: Vec::new(),
+                may_reboot: false,
+            });
+            return;
+        }
+        if let EventBody::VmStop(_) = &event.body {
+            self.vms.remove(&key);
+            return;
+        }
+        let Some(vm) = self.vms.get_mut(&key) else { return };
+        match &event.body {
+            EventBody::VmStart(body) => {
+                vm.images.clone_from(&body.images);
+                vm.measured = true;
+            }
+            EventBody::VmAttach(body) => {
+                vm.images.clone_from(&body.images);
+                vm.measured = true;
+                vm.may_reboot = true;
+                if vm.run_state == "prelaunch" {
+                    vm.run_state = "running".to_owned();
+                }
+            }
+            EventBody::VmPause(body) => vm.run_state.clone_from(&body.run_state),
+            EventBody::VmResume(body) => vm.run_state.clone_from(&body.run_state),
+            EventBody::VmReset(_) | EventBody::LogGap(_) => vm.may_reboot = true,
+            // A hello of a boot that is known is the same boot connecting again.
+            EventBody::GuestHello(body) if vm.boots.last().is_none_or(|last| last.boot < body.boot) => {
+                vm.boots.push(LoggedBoot {
+                    boot: body.boot,
+                    boot_id: body.boot_id,
+                    hash_size: body.hash_size,
+                    count: 0,
+                    aggregate: Sha256::ZERO,
+                    closed: false,
+                });
+                vm.may_reboot = false;
+            }
+            EventBody::GuestEntries(body) => {
+                if let Some(boot) = vm.boots.iter_mut().find(|b| b.boot == body.boot) {
+                    boot.count = body.first + body.count;
+                    boot.aggregate = body.aggregate;
+                }
+            }
+            EventBody::GuestRewind(body) => close(vm, body.boot),
+            EventBody::GuestOverflow(body) => close(vm, body.boot),
+            _ => {}
+        }
+    }
+
+    /// The VMs, in ascending order of UUID and session.
+    pub fn vms(&self) -> impl Iterator<Item = (&VmRef, &LoggedVm)> {
+        self.vms.iter()
+    }
+
+    /// One VM.
+    #[must_use]
+    pub fn vm(&self, key: &VmRef) -> Option<&LoggedVm> {
+        self.vms.get(key)
+    }
+}
+
+fn close(vm: &mut LoggedVm, boot: u32) {
+    if let Some(boot) = vm.boots.iter_mut().find(|b| b.boot == boot) {
+        boot.closed = true;
+    }
+}
