@@ -3,9 +3,10 @@
 use minicbor::{Decode, Encode};
 
 use crate::{
+    cbor::at_most,
     digest::FileDigest,
     id::{BootId, Epoch, HostId, Sha256},
-    pcr::RegisterValue,
+    pcr::{MAX_REGISTERS, RegisterValue},
 };
 
 macro_rules! bodies {
@@ -114,7 +115,7 @@ bodies! {
         /// The proxy's own binary, as it found it on disk. The host's IMA list is what proves it.
         #[n(4)] pub binary: Option<FileDigest>,
         /// *History*: the values of both registers in every active bank before this record.
-        #[n(5)] pub history: Vec<RegisterValue>,
+        #[cbor(n(5), decode_with = "at_most::<MAX_REGISTERS, _, _>")] pub history: Vec<RegisterValue>,
         /// The register for VM life cycle.
         #[n(6)] pub pcr_vm: u8,
         /// The register for guest run time.
