@@ -4,9 +4,16 @@
 //! (RFC 8949 section 4.2.1). A decoder accepts only what its own encoder would have written: it decodes, encodes
 //! again and compares. So unknown keys, doubled keys, longer forms and trailing bytes are all refused by one rule.
 
-use minicbor::{Decode, Decoder, Encode};
+use minicbor::{
+    Decode, Decoder, Encode,
+    data::{Int, Type},
+    decode::Error,
+};
 
 use crate::{Malformed, MalformedKind};
+
+/// The deepest nesting of a value whose form is not known to this version.
+pub const MAX_DEPTH: usize = 16;
 
 /// The canonical encoding of a value.
 pub fn encode<T: Encode<()>>(value: &T) -> Vec<u8> {
@@ -55,3 +62,91 @@ where
     }
     Ok((value, len))
 }
+
+/// Decodes an array of at most `N` items; a longer one is refused before its items are read.
+pub(crate) fn at_most<'b, const N: usize, C, T: Decode<'b, C>>(
+    d: &mut Decoder<'b>,
+    ctx: &mut C,
+) -> Result<Vec<T>, Error> {
+    let at = d.position();
+    match d.array()? {
+        Some(len) if len <= N as u64 => (0..len).map(|_| d.decode_with(ctx)).collect(),
+        _ => Err(Error::message("more items than can be, or their number is missing").at(at)),
+    }
+}
+
+/// Steps over one value of unknown form. Only canonical values of the part of CBOR that this crate writes pass:
+/// integers, byte and text strings, arrays, maps with ascending keys, booleans and null, at most [`MAX_DEPTH`] deep.
+pub(crate) fn skip_canonical(d: &mut Decoder<'_>) -> Result<(), Error> {
+    skip_at(d, MAX_DEPTH)
+}
+
+fn skip_at(d: &mut Decoder<'_>, depth: usize) -> Result<(), Error> {
+    let at = d.position();
+    let bad = |why| Error::message(why).at(at);
+    let Some(depth) = depth.checked_sub(1) else {
+        return Err(bad("nested too deeply"));
+    };
+    // The value's argument (RFC 8949 section 3) and the length of what follows the head.
+    let (argument, inner) = match d.datatype()? {
+        Type::U8 | Type::U16 | Type::U32 | Type::U64 => (d.u64()?, 0),
+        Type::I8 | Type::I16 | Type::I32 | Type::I64 | Type::Int => (negative_argument(d.int()?), 0),
+        Type::Bytes => string(d.bytes()?),
+        Type::String => string(d.str()?.as_bytes()),
+        Type::Array => {
+            let len = d.array()?.ok_or_else(|| bad("an array of unknown length"))?;
+            let start = d.position();
+            for _ in 0..len {
+                skip_at(d, depth)?;
+            }
+            (len, d.position() - start)
+        }
+        Type::Map => {
+            let len = d.map()?.ok_or_else(|| bad("a map of unknown length"))?;
+            let start = d.position();
+            let mut last: &[u8] = &[];
+            for _ in 0..len {
+                let key = d.position();
+                skip_at(d, depth)?;
+                let key = &d.input()[key..d.position()];
+                if key <= last {
+                    return Err(bad("map keys are not in ascending order"));
+                }
+                last = key;
+                skip_at(d, depth)?;
+            }
+            (len, d.position() - start)
+        }
+        Type::Bool => {
+            d.bool()?;
+            return Ok(());
+        }
+        Type::Null => return d.null(),
+        _ => return Err(bad("not a kind of value that is used here")),
+    };
+    if d.position() - at == head_len(argument) + inner { Ok(()) } else { Err(bad("not the shortest form")) }
+}
+
+fn string(bytes: &[u8]) -> (u64, usize) {
+    (bytes.len() as u64, bytes.len())
+}
+
+/// The argument n of the negative integer −1 − n.
+fn negative_argument(int: Int) -> u64 {
+    u64::try_from(-1 - i128::from(int)).unwrap_or_default()
+}
+
+/// Bytes of the shortest head that holds this argument.
+fn head_len(argument: u64) -> usize {
+    match argument {
+        0..=0x17 => 1,
+        0x18..=0xff => 2,
+        0x100..=0xffff => 3,
+        0x1_0000..=0xffff_ffff => 5,
+        _ => 9,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -41,6 +41,16 @@ pub struct Event {
     pub body: EventBody,
 }
 
+/// The longest name of a kind.
+pub const MAX_KIND: usize = 64;
+
+/// Whether a kind that is unknown to this version has a name that a kind can have: lower-case letters, digits and
+/// hyphens.
+fn is_kind(name: &str) -> bool {
+    let letter = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    (1..=MAX_KIND).contains(&name.len()) && name.bytes().all(letter)
+}
+
 macro_rules! event_bodies {
     ($($(#[$doc:meta])* $variant:ident = $kind:literal,)*) => {
         /// What happened, by kind.
@@ -54,7 +64,7 @@ macro_rules! event_bodies {
             Unknown {
                 /// The kind's name.
                 kind: String,
-                /// The body's CBOR bytes.
+                /// The body's CBOR bytes: one map in canonical encoding.
                 body: Blob,
             },
         }
@@ -84,10 +94,10 @@ macro_rules! event_bodies {
                     $($kind => Ok(Self::$variant(d.decode()?)),)*
                     _ => {
                         let start = d.position();
-                        if kind.len() > 64 || d.datatype()? != Type::Map {
-                            return Err(decode::Error::message("unknown event without a map body").at(start));
+                        if !is_kind(kind) || d.datatype()? != Type::Map {
+                            return Err(decode::Error::message("unknown event without a kind or a map body").at(start));
                         }
-                        d.skip()?;
+                        crate::cbor::skip_canonical(d)?;
                         let body = d.input()[start..d.position()].to_vec();
                         Ok(Self::Unknown { kind: kind.to_owned(), body: Blob(body) })
                     }
@@ -183,3 +193,7 @@ fn key(d: &mut Decoder<'_>, expected: u8) -> Result<(), decode::Error> {
     let at = d.position();
     if d.u8()? == expected { Ok(()) } else { Err(decode::Error::message("event keys out of order").at(at)) }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

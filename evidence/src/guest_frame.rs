@@ -1,8 +1,8 @@
 //! What the shim in a guest and the proxy on its host say to each other over vsock.
 //!
 //! A connection carries frames in both directions: u32 little-endian length, then that many bytes of canonical CBOR,
-//! an array of the frame's number and its fields. The guest connects; the host's end knows which VM it is from the
-//! connection itself (CID, or the socket's path), never from a frame.
+//! an array of two: the frame's number and the array of its fields. The guest connects; the host's end knows which VM
+//! it is from the connection itself (CID, or the socket's path), never from a frame.
 //!
 //! ```text
 //! guest                                   host
@@ -161,6 +161,9 @@ impl GuestFrame {
         {
             return Err(Malformed::invalid("guest frame", 0, "hash size is that of no algorithm"));
         }
+        if matches!(&frame, Self::Entries { entries, .. } if entries.0.is_empty()) {
+            return Err(Malformed::invalid("guest frame", 0, "entries without an entry"));
+        }
         Ok(frame)
     }
 }
@@ -177,3 +180,7 @@ impl HostFrame {
 
 // One entry of the largest size must fit a frame.
 const _: () = assert!(ima::MAX_ENTRY + 32 <= MAX_FRAME);
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -282,15 +282,22 @@ pub struct Epoch {
     pub id: EpochId,
 }
 
-/// A verifier's challenge: 16 to 64 bytes.
+/// A verifier's challenge: 16 to 32 bytes. Not more, so that a nonce is never as long as one with the channel binding
+/// that follows it in a leaf; see [`crate::nonce_tree`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Nonce(Vec<u8>);
 
 impl Nonce {
-    /// Takes 16 to 64 bytes, or nothing.
+    /// The fewest bytes.
+    pub const MIN: usize = 16;
+
+    /// The most bytes.
+    pub const MAX: usize = 32;
+
+    /// Takes 16 to 32 bytes, or nothing.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Option<Self> {
-        (16..=64).contains(&bytes.len()).then_some(Self(bytes))
+        (Self::MIN..=Self::MAX).contains(&bytes.len()).then_some(Self(bytes))
     }
 
     /// The bytes.
@@ -311,7 +318,7 @@ impl FromStr for Nonce {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let bytes = hex::decode(text).map_err(|_| "a nonce is hexadecimal")?;
-        Self::new(bytes).ok_or("a nonce is 16 to 64 bytes")
+        Self::new(bytes).ok_or("a nonce is 16 to 32 bytes")
     }
 }
 
@@ -329,3 +336,7 @@ mod json {
     serde_as_text!(Nonce);
     serde_as_text!(VmId);
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -98,7 +98,7 @@ impl Iterator for LogReader<'_> {
         let error = match Record::parse_first(rest) {
             Ok((record, len)) if record.recnum == self.next => {
                 self.offset += len;
-                self.next += 1;
+                self.next = self.next.saturating_add(1);
                 return Some(Ok(record));
             }
             Ok((record, _)) => LogErrorKind::OutOfOrder { found: record.recnum },

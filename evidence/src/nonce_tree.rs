@@ -7,6 +7,10 @@
 //!
 //! The root goes into the quote's qualifying data; each verifier gets the path from its own leaf. The leading bytes
 //! keep leaves and nodes apart (as in RFC 9162 section 2.1.1), so no path of another length gives the same root.
+//!
+//! Nonce and binding stand in a leaf without a length between them. They are told apart by their sizes: a binding is
+//! 32 bytes or missing, a nonce 16 to 32, so that the two together are longer than any nonce alone. Otherwise a
+//! challenge without binding could be chosen so that its answer fits the challenge of another connection.
 
 use minicbor::{Decode, Encode};
 
@@ -18,8 +22,11 @@ use crate::{
 /// The longest path: a quote answers at most 2^20 challenges.
 pub const MAX_PATH: usize = 20;
 
-/// The longest channel binding in bytes.
-pub const MAX_BINDING: usize = 64;
+/// Size of a channel binding in bytes: the TLS exporter value of RFC 9266.
+pub const BINDING_SIZE: usize = 32;
+
+// A leaf with a binding is never as long as one without.
+const _: () = assert!(Nonce::MIN + BINDING_SIZE > Nonce::MAX);
 
 /// One step from a leaf to the root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -32,9 +39,11 @@ pub struct Step {
     pub hash: Sha256,
 }
 
-/// The leaf of a challenge. `binding` is the TLS exporter value of the connection, empty only for offline use.
+/// The leaf of a challenge. `binding` is the TLS exporter value of the connection, [`BINDING_SIZE`] bytes; empty only
+/// for offline use. Another size is the caller's mistake and can make two challenges one.
 #[must_use]
 pub fn leaf(nonce: &Nonce, binding: &[u8]) -> Sha256 {
+    debug_assert!(binding.is_empty() || binding.len() == BINDING_SIZE, "a binding has 32 bytes or is empty");
     sha256(&[&[0], nonce.as_bytes(), binding])
 }
 

@@ -21,6 +21,9 @@ pub const DEFAULT_PCR_GUEST: u8 = 13;
 /// The registers that a quote covers: firmware and boot loader, IMA, ours, and shim's.
 pub const QUOTED_PCRS: [u8; 14] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14];
 
+/// The most registers that there are: all of every bank.
+pub const MAX_REGISTERS: usize = PCR_COUNT as usize * HashAlg::ALL.len();
+
 /// One register of one bank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Register {

@@ -29,6 +29,9 @@ pub const MAX_RECORD: usize = MAX_CONTENT + 512;
 /// The most events in one record.
 pub const MAX_EVENTS: usize = 16 * 1024;
 
+/// Bytes of the head of an array of at most [`MAX_EVENTS`].
+const ARRAY_HEAD: usize = 3;
+
 const WHAT: &str = "log record";
 
 /// One record as a log holds it. Whether the register ever saw it is for [`crate::log::Replay`] to show.
@@ -45,7 +48,23 @@ pub struct Record {
 }
 
 impl Record {
-    /// Makes the record of these events, with its digest in each of `banks`.
+    /// How many of the first of these events fit into one record. 0 when the first alone is too long for one: its
+    /// maker has to cut its texts.
+    #[must_use]
+    pub fn fitting(events: &[Event]) -> usize {
+        let mut len = ARRAY_HEAD;
+        events
+            .iter()
+            .take(MAX_EVENTS)
+            .take_while(|event| {
+                len += cbor::encode(*event).len();
+                len <= MAX_CONTENT
+            })
+            .count()
+    }
+
+    /// Makes the record of these events, with its digest in each of `banks`. They must be at least one and fit
+    /// ([`Record::fitting`]); otherwise nobody can read the record again.
     #[must_use]
     pub fn new(recnum: u64, pcr: u8, banks: &[HashAlg], events: &[Event]) -> Self {
         let content = cbor::encode(&events);
@@ -82,11 +101,11 @@ impl Record {
     /// # Errors
     /// [`Malformed`].
     pub fn events(&self) -> Result<Vec<Event>, Malformed> {
-        let events: Vec<Event> = cbor::decode("record content", &self.content.0, MAX_CONTENT)?;
-        if events.is_empty() || events.len() > MAX_EVENTS {
-            return Err(Malformed::invalid("record content", 0, "no event or too many"));
+        let events: Events = cbor::decode("record content", &self.content.0, MAX_CONTENT)?;
+        if events.0.is_empty() {
+            return Err(Malformed::invalid("record content", 0, "no event"));
         }
-        Ok(events)
+        Ok(events.0)
     }
 
     /// The record as CEL-JSON, with our content written out for people.
@@ -109,6 +128,11 @@ impl Record {
         }))
     }
 }
+
+/// A record's content.
+#[derive(Encode, Decode)]
+#[cbor(transparent)]
+struct Events(#[cbor(n(0), decode_with = "cbor::at_most::<MAX_EVENTS, _, _>")] Vec<Event>);
 
 impl<C> Encode<C> for Record {
     fn encode<W: Write>(&self, e: &mut Encoder<W>, ctx: &mut C) -> Result<(), encode::Error<W::Error>> {

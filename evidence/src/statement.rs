@@ -10,7 +10,7 @@ use crate::{
     Malformed, cbor,
     event::Depth,
     id::{Epoch, HostId, SessionId, Sha256, TimeMs, VmId},
-    pcr::RegisterValue,
+    pcr::{self, MAX_REGISTERS, RegisterValue},
 };
 
 /// The version of this form.
@@ -42,8 +42,8 @@ stated! {
         #[n(2)] pub epoch: Epoch,
         /// Number of records in the log.
         #[n(3)] pub log_len: u64,
-        /// Values of the log's two registers in every bank, after those records.
-        #[n(4)] pub registers: Vec<RegisterValue>,
+        /// Values of the log's two registers in every bank, after those records; in ascending order of bank and index.
+        #[cbor(n(4), decode_with = "cbor::at_most::<MAX_REGISTERS, _, _>")] pub registers: Vec<RegisterValue>,
         /// Every VM that the proxy manages, in ascending order of UUID.
         #[n(5)] pub vms: Vec<VmState>,
         /// Every QEMU process that it knows of and does not manage, in ascending order of pid.
@@ -101,12 +101,15 @@ impl Statement {
     /// Reads a statement that fills `bytes`.
     ///
     /// # Errors
-    /// [`Malformed`], also when VMs or processes are doubled or out of order, or the version is another.
+    /// [`Malformed`], also when registers, VMs or processes are doubled or out of order, or the version is another.
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
         let invalid = |why| Malformed::invalid("statement", 0, why);
         let statement: Self = cbor::decode("statement", bytes, MAX_STATEMENT)?;
         if statement.version != VERSION {
             return Err(invalid("unknown version"));
+        }
+        if !pcr::from_list(&statement.registers).is_some_and(|sorted| pcr::to_list(&sorted) == statement.registers) {
+            return Err(invalid("a register stands twice, is out of order or has not its bank's size"));
         }
         if !statement.vms.is_sorted_by(|a, b| a.vm < b.vm) {
             return Err(invalid("a VM stands twice or the VMs are out of order"));
@@ -120,3 +123,7 @@ impl Statement {
         Ok(statement)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -2,19 +2,27 @@
 //!
 //! A stream is one zstd frame. Expanded it is a sequence of canonical CBOR items, each an array of the item's number
 //! and its fields: first [`Item::Head`], then pieces of logs in any order, last [`Item::End`] with the number of
-//! items before it. Each piece says where in its log it begins; pieces of one log follow each other without gap.
+//! items before it. Each piece says where in its log it begins; pieces of one log follow each other without gap. The
+//! pieces of one guest's list stand together.
 //!
 //! Nothing in a stream is true because it is there. Statement, signature and registers are tied together by the
 //! quote; firmware log, IMA list, records and guests' lists by replay to the quoted registers.
 
 use minicbor::{Decode, Encode};
 
+use std::collections::BTreeSet;
+
 use crate::{
     Malformed, MalformedKind, cbor,
-    id::{Blob, SessionId, VmId},
-    nonce_tree::Step,
-    pcr::RegisterValue,
+    id::{Blob, Nonce, SessionId, VmId},
+    ima,
+    nonce_tree::{BINDING_SIZE, MAX_PATH, Step},
+    pcr::{MAX_REGISTERS, RegisterValue},
 };
+
+mod writer;
+
+pub use writer::Pieces;
 
 /// Media type of a stream.
 pub const MEDIA_TYPE: &str = "application/vnd.onequote.evidence";
@@ -22,8 +30,16 @@ pub const MEDIA_TYPE: &str = "application/vnd.onequote.evidence";
 /// The most bytes that a stream may expand to.
 pub const MAX_EXPANDED: usize = 256 * 1024 * 1024;
 
-/// The most bytes of log in one piece.
+/// The most bytes of log in one piece, and about the most of entries or references in one part.
 pub const PIECE_TARGET: usize = 256 * 1024;
+
+/// The longest item in bytes: a head with the longest statement, with much to spare for everything else.
+pub const MAX_ITEM: usize = 8 * 1024 * 1024;
+
+/// The most memory, as a power of two of bytes, that expanding may take beside its result (zstd's window). What
+/// [`compress`] writes needs less.
+#[cfg(feature = "zstd")]
+const WINDOW_LOG_MAX: u32 = 23;
 
 /// The version of this form.
 pub const VERSION: u32 = 1;
@@ -75,15 +91,15 @@ pub struct Head {
     #[n(3)]
     pub signature: Blob,
     /// From the challenge's leaf to the root in the qualifying data.
-    #[n(4)]
+    #[cbor(n(4), decode_with = "cbor::at_most::<MAX_PATH, _, _>")]
     pub path: Vec<Step>,
     /// The quoted registers' values.
-    #[n(5)]
+    #[cbor(n(5), decode_with = "cbor::at_most::<MAX_REGISTERS, _, _>")]
     pub registers: Vec<RegisterValue>,
     /// The nonce that this answers. A verifier online holds its own; offline this is only a claim.
     #[n(6)]
     pub nonce: Blob,
-    /// The channel binding that went into the leaf. Likewise.
+    /// The channel binding that went into the leaf, 32 bytes or empty. Likewise.
     #[n(7)]
     pub binding: Blob,
 }
@@ -107,8 +123,8 @@ pub struct Dictionary {
     /// Index of the first of them.
     #[n(0)]
     pub first: u64,
-    /// Entries as the guests' kernels list them.
-    #[n(1)]
+    /// Entries as the guests' kernels list them, each of [`ima::MIN_ENTRY`] to [`ima::MAX_ENTRY`] bytes.
+    #[cbor(n(1), decode_with = "ima_entries")]
     pub entries: Vec<Blob>,
 }
 
@@ -131,39 +147,6 @@ pub struct Guest {
     /// For each entry its index in the dictionary.
     #[n(4)]
     pub entries: Vec<u32>,
-}
-
-/// The items between head and end, encoded once for every stream that carries them.
-#[derive(Debug, Clone, Default)]
-pub struct Pieces {
-    bytes: Vec<u8>,
-    items: u64,
-}
-
-impl Pieces {
-    /// Adds a piece.
-    pub fn push(&mut self, item: &Item) {
-        self.bytes.extend_from_slice(&cbor::encode(item));
-        self.items += 1;
-    }
-
-    /// Adds a log's bytes from `offset` on, cut into pieces.
-    pub fn push_log(&mut self, kind: fn(Piece) -> Item, offset: u64, bytes: &[u8]) {
-        let mut at = offset;
-        for part in bytes.chunks(PIECE_TARGET) {
-            self.push(&kind(Piece { offset: at, bytes: Blob(part.to_vec()) }));
-            at += part.len() as u64;
-        }
-    }
-
-    /// The whole stream behind this head, not yet compressed.
-    #[must_use]
-    pub fn stream(&self, head: Head) -> Vec<u8> {
-        let mut out = cbor::encode(&Item::Head(head));
-        out.extend_from_slice(&self.bytes);
-        out.extend_from_slice(&cbor::encode(&Item::End(self.items + 1)));
-        out
-    }
 }
 
 /// Everything in a stream, its pieces put together.
@@ -196,6 +179,10 @@ impl Evidence {
         if head.version != VERSION {
             return Err(Malformed::invalid(WHAT, 0, "unknown version"));
         }
+        if Nonce::new(head.nonce.0.clone()).is_none() || !matches!(head.binding.0.len(), 0 | BINDING_SIZE) {
+            return Err(Malformed::invalid(WHAT, 0, "nonce or channel binding has not its size"));
+        }
+        let mut known_guests = BTreeSet::new();
         let mut evidence = Self {
             head,
             firmware: Vec::new(),
@@ -215,7 +202,7 @@ impl Evidence {
                     evidence.dictionary.extend(part.entries);
                     fits
                 }
-                Item::Guest(part) => append_guest(&mut evidence.guests, part),
+                Item::Guest(part) => append_guest(&mut evidence.guests, &mut known_guests, part),
                 Item::End(_) => true,
             };
             if !ok {
@@ -240,7 +227,11 @@ impl Items<'_> {
         if rest.is_empty() {
             return Err(Malformed::new(WHAT, self.offset, MalformedKind::Truncated));
         }
-        let (item, len) = cbor::decode_first(WHAT, rest).map_err(|mut e| {
+        let window = &rest[..rest.len().min(MAX_ITEM)];
+        let (item, len) = cbor::decode_first(WHAT, window).map_err(|mut e| {
+            if e.is_truncated() && window.len() < rest.len() {
+                e.kind = MalformedKind::TooLarge { limit: MAX_ITEM };
+            }
             e.offset += self.offset;
             e
         })?;
@@ -279,16 +270,30 @@ fn append(log: &mut Vec<u8>, piece: Piece) -> bool {
 }
 
 /// A part goes on with the last list, or begins a list that is not there yet.
-fn append_guest(guests: &mut Vec<Guest>, part: Guest) -> bool {
-    let same = |g: &Guest| g.vm == part.vm && g.session == part.session && g.boot == part.boot;
-    if let Some(last) = guests.last_mut().filter(|last| same(last)) {
+fn append_guest(guests: &mut Vec<Guest>, known: &mut BTreeSet<(VmId, SessionId, u32)>, part: Guest) -> bool {
+    let key = |g: &Guest| (g.vm, g.session, g.boot);
+    if let Some(last) = guests.last_mut().filter(|last| key(last) == key(&part)) {
         let fits = part.first == last.entries.len() as u64;
         last.entries.extend(part.entries);
         return fits;
     }
-    let fits = part.first == 0 && !guests.iter().any(same);
+    let fits = part.first == 0 && known.insert(key(&part));
     guests.push(part);
     fits
+}
+
+/// Reads a dictionary's entries. What is too short or too long to be one is refused here, before many of them take
+/// memory; whether it is one is seen when it is parsed.
+fn ima_entries<C>(d: &mut minicbor::Decoder<'_>, _: &mut C) -> Result<Vec<Blob>, minicbor::decode::Error> {
+    let at = d.position();
+    let bad = |why| minicbor::decode::Error::message(why).at(at);
+    let len = d.array()?.ok_or_else(|| bad("an array of unknown length"))?;
+    (0..len)
+        .map(|_| match d.bytes()? {
+            entry if (ima::MIN_ENTRY..=ima::MAX_ENTRY).contains(&entry.len()) => Ok(Blob(entry.to_vec())),
+            _ => Err(bad("an IMA entry is shorter or longer than one can be")),
+        })
+        .collect()
 }
 
 const WHAT: &str = "evidence stream";
@@ -315,7 +320,8 @@ pub fn expand(compressed: &[u8], limit: usize) -> Result<Vec<u8>, Malformed> {
         _ => Malformed::invalid(WHAT, 0, "not a zstd frame, or a damaged one"),
     };
     let mut rest = compressed;
-    let decoder = zstd::Decoder::with_buffer(&mut rest).map_err(bad)?.single_frame();
+    let mut decoder = zstd::Decoder::with_buffer(&mut rest).map_err(bad)?.single_frame();
+    decoder.window_log_max(WINDOW_LOG_MAX).map_err(bad)?;
     let mut out = Vec::new();
     decoder.take(limit as u64 + 1).read_to_end(&mut out).map_err(bad)?;
     if out.len() > limit {

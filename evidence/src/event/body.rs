@@ -3,9 +3,10 @@
 use minicbor::{Decode, Encode};
 
 use crate::{
+    cbor::at_most,
     digest::FileDigest,
     id::{BootId, Epoch, HostId, Sha256},
-    pcr::RegisterValue,
+    pcr::{MAX_REGISTERS, RegisterValue},
 };
 
 macro_rules! bodies {
@@ -114,11 +115,16 @@ bodies! {
         /// The proxy's own binary, as it found it on disk. The host's IMA list is what proves it.
         #[n(4)] pub binary: Option<FileDigest>,
         /// *History*: the values of both registers in every active bank before this record.
-        #[n(5)] pub history: Vec<RegisterValue>,
+        #[cbor(n(5), decode_with = "at_most::<MAX_REGISTERS, _, _>")] pub history: Vec<RegisterValue>,
         /// The register for VM life cycle.
         #[n(6)] pub pcr_vm: u8,
         /// The register for guest run time.
         #[n(7)] pub pcr_guest: u8,
+        /// The TPM's count of resets when this was written. It stays the same in an epoch: registers begin anew with
+        /// each reset, and the log with them.
+        #[n(8)] pub reset_count: u32,
+        /// The TPM's count of restarts and resumes since then. It may grow in an epoch: registers outlive a suspend.
+        #[n(9)] pub restart_count: u32,
     }
 
     /// A VM was found or launched.

@@ -16,6 +16,11 @@
 //! (`ima_crypto.c`, `ima_calc_field_array_hash_tfm`). A *violation* (a file changed while it was measured) is listed
 //! with a template hash of zeros and extended as all ones.
 //!
+//! What the register proves of an entry is its template data, and of a violation only that there was one. Register,
+//! template name and listed hash are not extended: a list that replays can still lie in them. The hash is checked
+//! against the data ([`Entry::hash_matches`]); whoever judges an entry checks the register and takes nothing from the
+//! name that the data would not give as well (`ima-sig` and `ima-buf` have the same layout).
+//!
 //! Reading is in two steps. [`ListReader`] cuts a list into [`Entry`]s; [`Entry::fields`] reads the template data.
 //! Replay needs only the first, so that a template unknown to us still replays to the register.
 
@@ -35,6 +40,9 @@ pub const MAX_NAME: usize = 63;
 
 /// The longest template data that is read. Paths are at most 4 KiB; signatures and buffers are a few more.
 pub const MAX_DATA: usize = 192 * 1024;
+
+/// The shortest entry: header, a name of one letter, no data.
+pub const MIN_ENTRY: usize = 4 + SHA1_HASH_SIZE + 4 + 1 + 4;
 
 /// The longest entry: header, name, data.
 pub const MAX_ENTRY: usize = 4 + 64 + 4 + MAX_NAME + 4 + MAX_DATA;
@@ -92,7 +100,9 @@ impl<'a> Entry<'a> {
         let data = if name == b"ima" {
             let start = r.at();
             r.take(SHA1_HASH_SIZE)?;
-            r.block_le(LEGACY_PATH_MAX + 1)?;
+            if template::without_nul(r.block_le(LEGACY_PATH_MAX + 1)?).len() > LEGACY_PATH_MAX {
+                return Err(r.invalid("path of the legacy template is too long"));
+            }
             &bytes[start..r.at()]
         } else {
             r.block_le(MAX_DATA)?
@@ -147,7 +157,7 @@ impl<'a> Entry<'a> {
             return bank.hash(self.data);
         }
         // The hashed layout of the legacy template: path padded to a fixed size, no length.
-        let (digest, path) = self.data.split_at(SHA1_HASH_SIZE);
+        let (digest, path) = self.data.split_at_checked(SHA1_HASH_SIZE).unwrap_or((self.data, &[]));
         let path = template::without_nul(path.get(4..).unwrap_or_default());
         let padding = [0; LEGACY_PATH_MAX + 1];
         bank.hash_parts(&[digest, path, &padding[path.len().min(padding.len())..]])

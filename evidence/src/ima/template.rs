@@ -13,7 +13,8 @@ const WHAT: &str = "IMA template data";
 /// The templates whose data we read (Linux `ima_template.c`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Template {
-    /// `ima`: SHA-1 or MD5 digest and path, in fixed layout.
+    /// `ima`: SHA-1 digest and path, in fixed layout. (With `ima_hash=md5` the kernel lists 16 bytes of digest without
+    /// a length; such a list cannot be told from a damaged one and is not read.)
     Ima,
     /// `ima-ng`: digest and path.
     ImaNg,
@@ -49,7 +50,8 @@ pub struct Fields<'a> {
     pub digest_alg: &'a str,
     /// Digest of the file or buffer. Zeros for a violation.
     pub digest: &'a [u8],
-    /// The path, or the name of what was measured (`boot_aggregate`, `kexec-cmdline`), without NUL.
+    /// The path, or the name of what was measured (`boot_aggregate`, `kexec-cmdline`), without NUL. The kernel lists
+    /// an underscore for each space in it.
     pub path: &'a [u8],
     /// The signature of `ima-sig` and `ima-modsig`; empty when the file has none.
     pub signature: &'a [u8],
@@ -62,10 +64,15 @@ pub struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    /// The path for people; bytes that are not UTF-8 are replaced.
+    /// The path for people: bytes that are not UTF-8 are replaced, control characters escaped, so that a file's name
+    /// cannot rewrite the screen that it is shown on.
     #[must_use]
     pub fn path_lossy(&self) -> String {
-        String::from_utf8_lossy(self.path).into_owned()
+        let mut out = String::with_capacity(self.path.len());
+        for c in String::from_utf8_lossy(self.path).chars() {
+            if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+        }
+        out
     }
 }
 
@@ -117,7 +124,9 @@ pub(super) fn fields<'a>(name: &[u8], data: &'a [u8]) -> Result<Fields<'a>, Malf
     Ok(fields)
 }
 
-/// `d-ng`: algorithm name, colon, NUL, digest. The digest's size must be that of the algorithm where we know it.
+/// `d-ng`: algorithm name, colon, NUL, digest. The digest's size must be that of the algorithm where we know it, but
+/// for a violation: kernels from 5.18 to about 6.10 name the default algorithm there and list 20 zeros
+/// (`ima_template_lib.c`, `ima_eventdigest_init_common`, between Linux commit 09091c44cb73 and its correction).
 fn algorithm_and_digest<'a>(r: &mut Reader<'a>) -> Result<(&'a str, &'a [u8]), Malformed> {
     let field = r.block_le(256)?;
     let Some(end) = field.windows(2).position(|pair| pair == b":\0") else {
@@ -128,7 +137,8 @@ fn algorithm_and_digest<'a>(r: &mut Reader<'a>) -> Result<(&'a str, &'a [u8]), M
     if alg.is_empty() || !alg.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-' || c == b'_') {
         return Err(r.invalid("algorithm name is not a word"));
     }
-    if alg.parse::<HashAlg>().is_ok_and(|known| known.size() != digest.len()) {
+    let violation = digest == [0; SHA1_HASH_SIZE];
+    if !violation && alg.parse::<HashAlg>().is_ok_and(|known| known.size() != digest.len()) {
         return Err(r.invalid("digest size is not that of its algorithm"));
     }
     Ok((alg, digest))

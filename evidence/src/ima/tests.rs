@@ -173,3 +173,47 @@ fn an_oversized_length_is_refused_before_it_is_believed() {
     let err = Entry::parse(&bytes, 20).unwrap_err();
     assert_eq!(err.kind, MalformedKind::TooLarge { limit: MAX_DATA });
 }
+
+#[test]
+fn violations_of_kernels_that_list_too_few_zeros() {
+    // Named after the default algorithm, but 20 bytes long.
+    let data = [block(&[b"sha256:\0".as_slice(), &[0; 20]].concat()), block(b"/etc/changed\0"), block(&[])].concat();
+    let mut bytes = listed(10, "ima-sig", &data);
+    bytes[4..24].fill(0);
+    let entry = Entry::parse(&bytes, 20).unwrap();
+    assert!(entry.is_violation() && entry.hash_matches());
+    let fields = entry.fields().unwrap();
+    assert_eq!((fields.digest_alg, fields.digest), ("sha256", [0; 20].as_slice()));
+    // Any other digest of another size stays refused.
+    let data = [block(&[b"sha256:\0".as_slice(), &[1; 20]].concat()), block(b"/x\0"), block(&[])].concat();
+    assert!(Entry::parse(&listed(10, "ima-sig", &data), 20).unwrap().fields().is_err());
+}
+
+#[test]
+fn a_path_cannot_rewrite_the_screen() {
+    let bytes = sig_entry("/tmp/\u{1b}[2Ja\nb\u{9b}c é", [1; 32]);
+    let path = Entry::parse(&bytes, 20).unwrap().fields().unwrap().path_lossy();
+    assert_eq!(path, "/tmp/\\u{1b}[2Ja\\nb\\u{9b}c é");
+}
+
+#[test]
+fn a_legacy_path_of_256_bytes_is_none() {
+    let listed = |path: &[u8]| [&10_u32.to_le_bytes()[..], &[1; 20], &block(b"ima"), &[2; 20], &block(path)].concat();
+    assert!(Entry::parse(&listed(&[b'a'; 255]), 20).is_ok());
+    assert!(Entry::parse(&listed(&[&[b'a'; 255][..], &[0]].concat()), 20).is_ok());
+    assert!(Entry::parse(&listed(&[b'a'; 256]), 20).is_err());
+}
+
+#[test]
+fn the_shortest_entry() {
+    let bytes = listed(0, "x", &[]);
+    assert_eq!(bytes.len(), MIN_ENTRY);
+    assert!(Entry::parse(&bytes, 20).unwrap().hash_matches());
+}
+
+#[test]
+fn an_entry_put_together_by_hand_is_no_panic() {
+    let entry = Entry { pcr: 10, template_hash: &[1; 20], name: b"ima", data: &[1, 2], raw: &[] };
+    assert!(!entry.hash_matches());
+    assert!(entry.fields().is_err());
+}

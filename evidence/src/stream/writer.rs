@@ -1,0 +1,73 @@
+//! Writing a stream, whatever its size, in pieces that a reader takes.
+
+use crate::{cbor, id::Blob};
+
+use super::{Dictionary, Guest, Head, Item, PIECE_TARGET, Piece};
+
+/// The items between head and end, encoded once for every stream that carries them.
+#[derive(Debug, Clone, Default)]
+pub struct Pieces {
+    bytes: Vec<u8>,
+    items: u64,
+}
+
+impl Pieces {
+    /// Adds a piece as it is. One that encodes to more than [`MAX_ITEM`] bytes cannot be read again: the other methods
+    /// cut what may grow.
+    pub fn push(&mut self, item: &Item) {
+        self.bytes.extend_from_slice(&cbor::encode(item));
+        self.items += 1;
+    }
+
+    /// Adds entries of the dictionary, the first of them with the index `first`, cut into parts.
+    pub fn push_dictionary(&mut self, mut first: u64, entries: impl IntoIterator<Item = Blob>) {
+        let mut part = Dictionary { first, entries: Vec::new() };
+        let mut len = 0;
+        for entry in entries {
+            len += entry.0.len();
+            first += 1;
+            part.entries.push(entry);
+            if len >= PIECE_TARGET {
+                self.push(&Item::Dictionary(part));
+                part = Dictionary { first, entries: Vec::new() };
+                len = 0;
+            }
+        }
+        if !part.entries.is_empty() {
+            self.push(&Item::Dictionary(part));
+        }
+    }
+
+    /// Adds a guest's list, cut into parts. A list without entries is added too: it says that the boot is known.
+    pub fn push_guest(&mut self, guest: &Guest) {
+        let mut first = guest.first;
+        let mut parts = guest.entries.chunks(PIECE_TARGET / size_of::<u32>());
+        loop {
+            let entries = parts.next().unwrap_or_default().to_vec();
+            let next = first + entries.len() as u64;
+            self.push(&Item::Guest(Guest { first, entries, ..*guest }));
+            first = next;
+            if parts.len() == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Adds a log's bytes from `offset` on, cut into pieces.
+    pub fn push_log(&mut self, kind: fn(Piece) -> Item, offset: u64, bytes: &[u8]) {
+        let mut at = offset;
+        for part in bytes.chunks(PIECE_TARGET) {
+            self.push(&kind(Piece { offset: at, bytes: Blob(part.to_vec()) }));
+            at += part.len() as u64;
+        }
+    }
+
+    /// The whole stream behind this head, not yet compressed.
+    #[must_use]
+    pub fn stream(&self, head: Head) -> Vec<u8> {
+        let mut out = cbor::encode(&Item::Head(head));
+        out.extend_from_slice(&self.bytes);
+        out.extend_from_slice(&cbor::encode(&Item::End(self.items + 1)));
+        out
+    }
+}
