@@ -1,1 +1,3 @@
-//! To come.
+//! The host daemon.
+
+pub mod tpm;
