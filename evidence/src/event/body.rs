@@ -119,6 +119,11 @@ bodies! {
         #[n(6)] pub pcr_vm: u8,
         /// The register for guest run time.
         #[n(7)] pub pcr_guest: u8,
+        /// The TPM's count of resets when this was written. It stays the same in an epoch: registers begin anew with
+        /// each reset, and the log with them.
+        #[n(8)] pub reset_count: u32,
+        /// The TPM's count of restarts and resumes since then. It may grow in an epoch: registers outlive a suspend.
+        #[n(9)] pub restart_count: u32,
     }
 
     /// A VM was found or launched.

@@ -26,6 +26,8 @@ pub(crate) fn start_event(banks: &[HashAlg]) -> Event {
         history,
         pcr_vm: 12,
         pcr_guest: 13,
+        reset_count: 4,
+        restart_count: 0,
     };
     Event { time: TimeMs(1), vm: None, body: body.into() }
 }
