@@ -1,3 +1,4 @@
 //! The host daemon.
 
+pub mod log;
 pub mod tpm;
