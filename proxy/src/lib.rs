@@ -1,8 +1,16 @@
 //! The host's attester: meets VMs over QMP, measures, logs, extends, quotes.
+//!
+//! Rooms in the order in which data passes: [`log`] and [`tpm`] (one thread owns both), [`guest`] (what guests' kernels
+//! measure), [`attest`] (challenges to evidence), [`serve`] (doors). [`inventory`] is what the log says is there.
 
+pub mod attest;
+pub mod cli;
 pub mod config;
 pub mod guest;
 pub mod identity;
 pub mod inventory;
+pub mod log;
+pub mod serve;
 pub mod sink;
 pub mod status;
+pub mod tpm;

@@ -1,0 +1,87 @@
+//! The command line: what people ask of the proxy, and what it prints.
+
+mod log;
+mod status;
+
+use std::{io, path::PathBuf};
+
+use clap::{Parser, Subcommand};
+
+pub use log::print_log;
+pub use status::{export_ima, print_status};
+
+/// Measures the VMs of a QEMU host into its TPM and answers verifiers with one quote for all of them.
+#[derive(Debug, Parser)]
+#[command(name = "onequote-proxy", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// Configuration file.
+    #[arg(long, global = true, default_value = "/etc/onequote/proxy.toml")]
+    pub config: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Makes the host's identity and attestation key; writes certificate.pem and ak.pub for the verifier.
+    Init,
+    /// Watches VMs, measures, answers verifiers; until it is told to end.
+    Run,
+    /// Starts a VM that the running proxy measures before it runs.
+    Launch {
+        /// The VM's name; `-name` of the arguments when absent.
+        #[arg(long)]
+        name: Option<String>,
+        /// Print the command line instead of running it.
+        #[arg(long)]
+        dry_run: bool,
+        /// QEMU and its arguments.
+        #[arg(last = true, required = true)]
+        qemu: Vec<std::ffi::OsString>,
+    },
+    /// Prints the digests of files, as reference values.
+    Measure {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Shows what the running proxy watches.
+    Status {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows the measurement log, or prints it as CEL-JSON.
+    Log {
+        /// Print CEL-JSON.
+        #[arg(long)]
+        json: bool,
+        /// Another epoch than the newest.
+        #[arg(long)]
+        epoch: Option<u64>,
+    },
+    /// Writes a guest's IMA list, as logged, in the kernel's binary format to standard output.
+    ExportIma {
+        /// The VM's name or UUID.
+        vm: String,
+        /// Which boot of the QEMU process, from 0; the last one when absent.
+        #[arg(long)]
+        boot: Option<u32>,
+    },
+}
+
+/// Writing to standard output failed, or a pipe was closed, which is no error.
+///
+/// # Errors
+/// Every other error.
+pub fn ignore_closed_pipe(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,76 @@
+//! `status` and `export-ima`: asked of the running proxy.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+};
+
+use serde_json::Value;
+
+use crate::serve::ask;
+
+/// Prints what the running proxy watches.
+///
+/// # Errors
+/// When no proxy answers.
+pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io::Result<()> {
+    let body = ask(socket, "/v1/status").await?;
+    let status: Value = serde_json::from_slice(&body).map_err(io::Error::from)?;
+    if json {
+        return writeln!(out, "{status:#}");
+    }
+    let text = |v: &Value| match v {
+        Value::Null => "–".to_owned(),
+        Value::String(s) => s.clone(),
+        other => other.to_string(),
+    };
+    writeln!(out, "host     {}", text(&status["host"]))?;
+    writeln!(out, "version  {}", text(&status["version"]))?;
+    let software = if status["software_tpm"] == true { "  (software: no root of trust)" } else { "" };
+    writeln!(out, "TPM      {}{software}", text(&status["tpm"]))?;
+    writeln!(out, "log      epoch {}, {} records", text(&status["epoch"]["number"]), text(&status["log_len"]))?;
+    for (heading, key) in [("log or TPM fails", "failure"), ("monitor sockets in trouble", "sockets")] {
+        match &status[key] {
+            Value::String(why) => writeln!(out, "\n{heading}: {why}")?,
+            Value::Array(list) if !list.is_empty() => {
+                writeln!(out, "\n{heading}:")?;
+                for item in list {
+                    writeln!(out, "  {}: {}", text(&item["path"]), text(&item["error"]))?;
+                }
+            }
+            _ => {}
+        }
+    }
+    writeln!(out, "\n{:<20} {:<36} {:<12} {:<8} {:>5} {:>8}", "VM", "UUID", "state", "depth", "boots", "entries")?;
+    for vm in status["vms"].as_array().into_iter().flatten() {
+        writeln!(
+            out,
+            "{:<20} {:<36} {:<12} {:<8} {:>5} {:>8}",
+            text(&vm["name"]),
+            text(&vm["uuid"]),
+            text(&vm["run_state"]),
+            text(&vm["depth"]),
+            text(&vm["boots"]),
+            text(&vm["entries"])
+        )?;
+        if let Some(error) = vm["error"].as_str() {
+            writeln!(out, "    {error}")?;
+        }
+    }
+    for process in status["unmanaged"].as_array().into_iter().flatten() {
+        writeln!(out, "unmanaged: pid {} {}", text(&process["pid"]), text(&process["program"]))?;
+    }
+    Ok(())
+}
+
+/// Writes a guest's list, as logged, in the kernel's binary format.
+///
+/// # Errors
+/// When no proxy answers, or it has no such list.
+pub async fn export_ima(socket: &Path, vm: &str, boot: Option<u32>, out: &mut dyn Write) -> io::Result<()> {
+    if !vm.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c)) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{vm:?} is no VM's name or UUID")));
+    }
+    let query = boot.map(|boot| format!("?boot={boot}")).unwrap_or_default();
+    out.write_all(&ask(socket, &format!("/v1/guests/{vm}/ima{query}")).await?)
+}

@@ -1,0 +1,458 @@
+//! The recorder's work, one step after the other: recovery, appends, quotes. No thread and no queue here, so that
+//! tests can stop it between any two steps.
+
+use std::sync::{Arc, PoisonError};
+
+use onequote_evidence::{
+    event::{Event, GapReason, LogGap, ProxyStart},
+    id::Epoch,
+    log::{LogError, LogErrorKind, Replay},
+    pcr::{self, Register, Registers},
+    record::Record,
+    tpm::Attest,
+};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::{
+    LogHead, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
+    StoreError, TpmFactory, TpmInfo,
+    index::Index,
+    recovery::{self, Continue, Extend, Plan, TpmState},
+};
+use crate::{
+    inventory::Inventory,
+    tpm::{Clock, Tpm},
+};
+
+/// How often registers are read and quoted before somebody else's extends are too many.
+const QUOTE_ATTEMPTS: u32 = 16;
+
+/// How often the TPM is opened anew for one request.
+const REOPENS: u32 = 1;
+
+/// The highest PCR that only a TPM reset can reset (TCG PC Client Platform TPM Profile, table 6).
+const LAST_STATIC_PCR: u8 = 15;
+
+/// The log's files and the TPM.
+pub(super) struct Journal {
+    config: RecorderConfig,
+    store: Box<dyn LogStore>,
+    open_tpm: TpmFactory,
+    /// None until the log is known to agree with the registers, and again after a failure that left that in doubt.
+    live: Option<Live>,
+    /// Whether this process's `proxy-start` is in the log.
+    announced: bool,
+    state: watch::Sender<Option<State>>,
+}
+
+/// Log and registers in agreement.
+struct Live {
+    tpm: Box<dyn Tpm>,
+    clock: Clock,
+    epoch: Epoch,
+    replay: Replay,
+    /// Length of the log's file.
+    end: u64,
+}
+
+/// What others may look at beside the recorder.
+#[derive(Clone)]
+pub(super) struct State {
+    pub(super) index: Index,
+    pub(super) head: LogHead,
+    pub(super) tpm: TpmInfo,
+    /// What keeps the recorder from working, as of its last attempt.
+    pub(super) failure: Option<RecorderError>,
+}
+
+/// Where a record went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    pub(super) epoch: Epoch,
+    pub(super) recnum: u64,
+}
+
+impl Journal {
+    /// Makes log and registers agree and records `proxy-start`.
+    pub(super) fn start(
+        config: RecorderConfig,
+        store: Box<dyn LogStore>,
+        open_tpm: TpmFactory,
+    ) -> Result<Self, RecorderError> {
+        let (vm, guest) = (config.pcr_vm, config.pcr_guest);
+        if vm == guest || vm.max(guest) > LAST_STATIC_PCR {
+            return Err(RecorderError::BadRegisters(vm, guest));
+        }
+        let (state, _) = watch::channel(None);
+        let mut journal = Self { config, store, open_tpm, live: None, announced: false, state };
+        journal.recover()?;
+        if !journal.announced {
+            journal.announce()?;
+        }
+        Ok(journal)
+    }
+
+    /// What the recorder shows of itself.
+    pub(super) fn subscribe(&self) -> watch::Receiver<Option<State>> {
+        self.state.subscribe()
+    }
+
+    /// The logs, for reading.
+    pub(super) fn reader(&self) -> Arc<dyn LogRead> {
+        self.store.reader()
+    }
+
+    /// Records events: on disk, then in the register.
+    ///
+    /// # Errors
+    /// After [`RecorderError::Tpm`] the record may be in the file, to be extended at the next recovery; after any
+    /// other error it is not.
+    pub(super) fn append(&mut self, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
+        self.noting_failure(|journal| journal.append_once_more(role, events))
+    }
+
+    /// Quotes all registers of the configuration, with what `prepare` makes of the log's head.
+    ///
+    /// # Errors
+    /// See [`RecorderError`].
+    pub(super) fn quote(&mut self, prepare: impl FnOnce(&LogHead) -> QualifyingData) -> Result<Quoted, RecorderError> {
+        self.noting_failure(|journal| journal.quote_steadily(prepare))
+    }
+
+    fn noting_failure<T>(
+        &mut self,
+        action: impl FnOnce(&mut Self) -> Result<T, RecorderError>,
+    ) -> Result<T, RecorderError> {
+        let outcome = action(self);
+        let failure = match &outcome {
+            Err(error @ (RecorderError::Disk(_) | RecorderError::Tpm(_) | RecorderError::Damaged(_))) => {
+                Some(error.clone())
+            }
+            _ => None,
+        };
+        self.state.send_if_modified(|state| {
+            let Some(state) = state else { return false };
+            let changed = state.failure.is_some() != failure.is_some();
+            state.failure = failure;
+            changed
+        });
+        outcome
+    }
+
+    fn announce(&mut self) -> Result<(), RecorderError> {
+        let live = self.take_live()?;
+        let start = proxy_start(&mut self.config, live.clock, live.epoch, live.replay.registers());
+        self.live = Some(live);
+        self.append(PcrRole::Vm, &[start])?;
+        self.announced = true;
+        Ok(())
+    }
+
+    /// Log and registers in agreement; recovers if they aren't known to be. The caller puts it back when they still
+    /// are.
+    fn take_live(&mut self) -> Result<Live, RecorderError> {
+        if self.live.is_none() {
+            self.recover()?;
+        }
+        self.live.take().ok_or(RecorderError::Ended)
+    }
+
+    fn append_once_more(&mut self, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
+        let mut reopens = 0;
+        loop {
+            let mut live = self.take_live()?;
+            let record = Record::new(live.replay.len(), self.pcr(role), live.replay.banks(), events);
+            let position = Position { epoch: live.epoch, recnum: record.recnum };
+            let bytes = record.to_bytes();
+            match write(self.store.as_mut(), live.epoch.number, live.end, &bytes) {
+                Ok(()) => {}
+                Err(Unwritten { error, taken_back }) => {
+                    self.live = taken_back.then_some(live);
+                    return Err(error.into());
+                }
+            }
+            let extend = Extend::from(&record);
+            match live.tpm.extend(extend.pcr, &extend.digests) {
+                Ok(()) => {
+                    live.replay.apply(&record).map_err(RecorderError::Damaged)?;
+                    live.end += bytes.len() as u64;
+                    self.fold(|inventory| events.iter().for_each(|event| inventory.apply(event)));
+                    self.show(&live, |index| index.push(bytes.len() as u64));
+                    self.live = Some(live);
+                    return Ok(position);
+                }
+                Err(error) => {
+                    warn!(%error, recnum = record.recnum, "a record could not be extended; opening the TPM anew");
+                    // Gone before another is opened: a TPM without resource manager has room for one of us.
+                    drop(live);
+                    if reopens == REOPENS || self.recover().is_err() {
+                        return Err(error.into());
+                    }
+                }
+            }
+            reopens += 1;
+            let made_up =
+                self.live.as_ref().is_some_and(|now| now.epoch == position.epoch && now.replay.len() > position.recnum);
+            if made_up {
+                return Ok(position);
+            }
+        }
+    }
+
+    fn pcr(&self, role: PcrRole) -> u8 {
+        match role {
+            PcrRole::Vm => self.config.pcr_vm,
+            PcrRole::Guest => self.config.pcr_guest,
+        }
+    }
+
+    fn quote_steadily(&mut self, prepare: impl FnOnce(&LogHead) -> QualifyingData) -> Result<Quoted, RecorderError> {
+        let mut prepare = Some(prepare);
+        let mut prepared: Option<(LogHead, QualifyingData)> = None;
+        let mut reopens = 0;
+        for _ in 0..QUOTE_ATTEMPTS {
+            let mut live = self.take_live()?;
+            let registers = self.quoted_registers(&live);
+            let outcome = live.tpm.pcr_read(&registers).and_then(|values| {
+                let agrees = |(register, value): (&Register, &Vec<u8>)| {
+                    !registers.contains(register) || values.get(register) == Some(value)
+                };
+                if !live.replay.registers().iter().all(agrees) {
+                    return Ok(Attempt::Foreign);
+                }
+                let head = head(&live);
+                match (&prepared, prepare.take()) {
+                    (None, Some(prepare)) => {
+                        let data = prepare(&head);
+                        prepared = Some((head, data));
+                    }
+                    (Some((before, _)), _) if *before == head => {}
+                    _ => return Ok(Attempt::Moved),
+                }
+                let Some((head, data)) = &prepared else { return Ok(Attempt::Moved) };
+                let quote = live.tpm.quote(data.as_bytes(), &registers)?;
+                Ok(Attempt::Quoted(Quoted { quote, pcr_values: values, head: head.clone() }, *data))
+            });
+            match outcome {
+                Ok(Attempt::Quoted(quoted, data)) => {
+                    self.live = Some(live);
+                    if check_quote(&quoted, data, &registers)? {
+                        return Ok(quoted);
+                    }
+                }
+                Ok(Attempt::Foreign) => warn!("a register is not what the log says; comparing both again"),
+                Ok(Attempt::Moved) => {
+                    self.live = Some(live);
+                    return Err(RecorderError::HeadMoved);
+                }
+                Err(error) if !error.kind.is_fatal() => {
+                    self.live = Some(live);
+                    return Err(error.into());
+                }
+                Err(error) if reopens == REOPENS => return Err(error.into()),
+                Err(error) => {
+                    warn!(%error, "a quote failed; opening the TPM anew");
+                    reopens += 1;
+                    drop(live);
+                    if self.recover().is_err() {
+                        return Err(error.into());
+                    }
+                }
+            }
+        }
+        Err(RecorderError::Unsteady { attempts: QUOTE_ATTEMPTS })
+    }
+
+    fn quoted_registers(&self, live: &Live) -> Vec<Register> {
+        let ours = [self.config.pcr_vm, self.config.pcr_guest];
+        let mut registers: Vec<Register> = live
+            .replay
+            .banks()
+            .iter()
+            .filter(|bank| self.config.quoted_banks.contains(bank))
+            .flat_map(|&bank| self.config.quoted_pcrs.iter().chain(&ours).map(move |&pcr| Register { bank, pcr }))
+            .collect();
+        registers.sort_unstable();
+        registers.dedup();
+        registers
+    }
+
+    /// Opens the TPM, compares registers and log, and does what the comparison asks for (see [`crate::log`]).
+    fn recover(&mut self) -> Result<(), RecorderError> {
+        self.live = None;
+        let mut tpm = (self.open_tpm)()?;
+        let banks = tpm.active_banks()?;
+        let (pcr_vm, pcr_guest) = (self.config.pcr_vm, self.config.pcr_guest);
+        let ours: Vec<Register> =
+            banks.iter().flat_map(|&bank| [pcr_vm, pcr_guest].map(|pcr| Register { bank, pcr })).collect();
+        let clock = tpm.clock()?;
+        let registers = tpm.pcr_read(&ours)?;
+        let now = TpmState { clock, registers, pcr_vm, pcr_guest };
+        let info = TpmInfo {
+            ak_public: tpm.ak_public().into(),
+            software: tpm.is_software(),
+            model: tpm.model().into(),
+            banks: banks.into(),
+        };
+        let (live, index) = match recovery::plan(self.store.reader().as_ref(), &now)? {
+            Plan::Continue(log) => self.go_on(tpm, clock, *log)?,
+            Plan::Begin { number, gap, remains } => self.begin(tpm, now, number, gap, remains)?,
+        };
+        self.fold_all(&index)?;
+        self.state.send_replace(Some(State { index, head: head(&live), tpm: info, failure: None }));
+        self.live = Some(live);
+        Ok(())
+    }
+
+    /// Makes the inventory anew from the whole log.
+    fn fold_all(&self, index: &Index) -> Result<(), RecorderError> {
+        let reader = self.store.reader();
+        let mut inventory = Inventory::default();
+        for record in RecordStream::new(reader.as_ref(), index.epoch.number, 0, 0) {
+            let record = record?;
+            let events = record.events().map_err(|e| {
+                RecorderError::Damaged(LogError { recnum: record.recnum, offset: 0, kind: LogErrorKind::Malformed(e) })
+            })?;
+            events.iter().for_each(|event| inventory.apply(event));
+        }
+        self.fold(|old| *old = inventory);
+        Ok(())
+    }
+
+    fn fold(&self, change: impl FnOnce(&mut Inventory)) {
+        change(&mut self.config.inventory.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Recovers if log and registers are not known to agree.
+    pub(super) fn ready(&mut self) -> Result<(), RecorderError> {
+        self.noting_failure(|journal| {
+            journal.live = Some(journal.take_live()?);
+            Ok(())
+        })
+    }
+
+    fn go_on(&mut self, mut tpm: Box<dyn Tpm>, clock: Clock, log: Continue) -> Result<(Live, Index), RecorderError> {
+        let Continue { epoch, replay, index, missing, torn, set_aside } = log;
+        let (number, records) = (epoch.number, index.len());
+        if torn {
+            warn!(epoch = number, records, "the last record is torn; cutting it off, its bytes are kept aside");
+            self.store.cut(number, index.end(), true)?;
+        }
+        if let Some(extend) = missing {
+            info!(epoch = number, records, "the last record had not been extended; making up for it");
+            self.store.sync(number)?;
+            tpm.extend(extend.pcr, &extend.digests)?;
+        }
+        if let Some(old) = set_aside {
+            self.store.set_aside(old)?;
+        }
+        Ok((Live { tpm, clock, epoch, replay, end: index.end() }, index))
+    }
+
+    fn begin(
+        &mut self,
+        mut tpm: Box<dyn Tpm>,
+        now: TpmState,
+        number: u64,
+        gap: Option<(GapReason, String, u64)>,
+        remains: bool,
+    ) -> Result<(Live, Index), RecorderError> {
+        let TpmState { clock, registers, .. } = now;
+        if remains && self.store.reader().read_at(number, 0, &mut [0])? > 0 {
+            self.store.cut(number, 0, true)?;
+        }
+        self.store.create(number)?;
+        let epoch = Epoch { number, id: (self.config.new_epoch_id)() };
+        let mut events = vec![proxy_start(&mut self.config, clock, epoch, &registers)];
+        if let Some((reason, detail, old)) = &gap {
+            warn!(%reason, detail, epoch = number, "the log does not explain the registers: a new epoch begins");
+            let detail = format!("{detail}; the log of epoch {old} is set aside");
+            let body = LogGap { reason: *reason, detail }.into();
+            events.push(Event { time: (self.config.now)(), vm: None, body });
+        } else {
+            info!(epoch = number, "a new log begins");
+        }
+        let mut banks: Vec<_> = registers.keys().map(|register| register.bank).collect();
+        banks.dedup();
+        let record = Record::new(0, self.config.pcr_vm, &banks, &events);
+        let bytes = record.to_bytes();
+        write(self.store.as_mut(), number, 0, &bytes).map_err(|unwritten| unwritten.error)?;
+        self.announced = true;
+        let extend = Extend::from(&record);
+        tpm.extend(extend.pcr, &extend.digests)?;
+        if let Some((_, _, old)) = gap {
+            self.store.set_aside(old)?;
+        }
+        let replay = Replay::begin(&record).map_err(RecorderError::Damaged)?;
+        let mut index = Index::new(epoch);
+        index.push(bytes.len() as u64);
+        Ok((Live { tpm, clock, epoch, replay, end: bytes.len() as u64 }, index))
+    }
+
+    /// Shows the new head to others.
+    fn show(&self, live: &Live, change: impl FnOnce(&mut Index)) {
+        self.state.send_modify(|state| {
+            if let Some(state) = state {
+                change(&mut state.index);
+                state.head = head(live);
+            }
+        });
+    }
+}
+
+enum Attempt {
+    Quoted(Quoted, QualifyingData),
+    /// A register of ours is not what the log says.
+    Foreign,
+    /// The log is not the one that the qualifying data was made for.
+    Moved,
+}
+
+/// An append that failed, and whether nothing of it is left.
+struct Unwritten {
+    error: StoreError,
+    taken_back: bool,
+}
+
+/// Appends bytes durably, or not at all.
+fn write(store: &mut dyn LogStore, epoch: u64, end: u64, bytes: &[u8]) -> Result<(), Unwritten> {
+    store.append(epoch, end, bytes).and_then(|()| store.sync(epoch)).map_err(|error| {
+        let taken_back = store.cut(epoch, end, false).is_ok();
+        Unwritten { error, taken_back }
+    })
+}
+
+/// Whether the quote is over the values that were read: they may have changed in between.
+fn check_quote(quoted: &Quoted, data: QualifyingData, registers: &[Register]) -> Result<bool, RecorderError> {
+    let bad = RecorderError::BadQuote;
+    let attest = Attest::parse(&quoted.quote.attest).map_err(|_| bad("it does not parse"))?;
+    if attest.extra_data != data.as_bytes() {
+        return Err(bad("the qualifying data is another"));
+    }
+    if !attest.selection.is_exactly(&registers.iter().copied().collect()) {
+        return Err(bad("the registers are others"));
+    }
+    let digest = attest.selection.digest_sha256(&quoted.pcr_values);
+    Ok(digest.is_some_and(|digest| digest.as_bytes() == attest.pcr_digest))
+}
+
+fn head(live: &Live) -> LogHead {
+    LogHead { epoch: live.epoch, log_len: live.replay.len(), registers: live.replay.registers().clone() }
+}
+
+fn proxy_start(config: &mut RecorderConfig, clock: Clock, epoch: Epoch, registers: &Registers) -> Event {
+    let body = ProxyStart {
+        host: config.host.clone(),
+        epoch,
+        boot_id: config.boot_id,
+        version: config.version.clone(),
+        binary: config.binary,
+        history: pcr::to_list(registers),
+        pcr_vm: config.pcr_vm,
+        pcr_guest: config.pcr_guest,
+        reset_count: clock.reset_count,
+        restart_count: clock.restart_count,
+    };
+    Event { time: (config.now)(), vm: None, body: body.into() }
+}

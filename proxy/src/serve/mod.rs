@@ -1,0 +1,90 @@
+//! The doors of the proxy: mTLS for verifiers, a Unix socket for its own command line.
+//!
+//! Verifiers (TLS 1.3, pinned certificates on both sides):
+//! - `POST /v1/evidence`, JSON `{"nonce": hex}` → an evidence stream. The challenge's channel binding is the TLS
+//!   exporter of this very connection (RFC 9266), so that evidence relayed over another connection does not answer it.
+//! - `GET /v1/status` → JSON.
+//!
+//! The Unix socket, for root only, has `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
+
+mod admin;
+mod tls;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{ConnectInfo, DefaultBodyLimit, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use onequote_evidence::{id::Nonce, stream::MEDIA_TYPE};
+use serde::Deserialize;
+use tracing::{info, warn};
+
+pub use admin::{ask, serve_admin};
+pub use tls::{Peer, TlsListener};
+
+use crate::{attest::AttestHandle, status::StatusSource};
+
+/// What the handlers need.
+#[derive(Clone)]
+pub struct Doors {
+    /// Where challenges go.
+    pub attest: AttestHandle,
+    /// What status says.
+    pub status: Arc<dyn StatusSource>,
+}
+
+/// A challenge. Unknown fields are refused, so that a verifier never believes an option was honoured.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EvidenceRequest {
+    nonce: Nonce,
+}
+
+/// Serves verifiers until the process ends.
+///
+/// # Errors
+/// When the listener fails for good.
+pub async fn serve_verifiers(listener: TlsListener, doors: Doors) -> std::io::Result<()> {
+    let app = Router::new()
+        .route("/v1/evidence", post(evidence))
+        .route("/v1/status", get(status))
+        .layer(DefaultBodyLimit::max(4096))
+        .with_state(doors);
+    axum::serve(listener, app.into_make_service_with_connect_info::<Peer>()).await
+}
+
+async fn evidence(
+    State(doors): State<Doors>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Json(request): Json<EvidenceRequest>,
+) -> Response {
+    match doors.attest.challenge(request.nonce, peer.binding.clone()).await {
+        Ok(stream) => {
+            info!(verifier = %peer.verifier, bytes = stream.len(), "answered a challenge");
+            ([(header::CONTENT_TYPE, MEDIA_TYPE)], Body::from(stream)).into_response()
+        }
+        Err(e) => {
+            warn!(verifier = %peer.verifier, "cannot answer a challenge: {e}");
+            (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({"error": e.to_string()}))).into_response()
+        }
+    }
+}
+
+async fn status(State(doors): State<Doors>) -> Response {
+    Json(doors.status.status()).into_response()
+}
+
+/// Writes the address that the listener got where the operator's scripts find it.
+///
+/// # Errors
+/// Of the file system.
+pub fn publish_address(path: &std::path::Path, address: SocketAddr) -> std::io::Result<()> {
+    let temporary = path.with_extension("new");
+    std::fs::write(&temporary, format!("{address}\n"))?;
+    std::fs::rename(temporary, path)
+}

@@ -1,0 +1,340 @@
+//! A real TPM, through libtss2.
+
+use std::{collections::BTreeMap, ffi::CString, fs, io, os::unix::net::UnixStream, path::Path, thread, time::Duration};
+
+use onequote_evidence::{
+    digest::{BankDigest, HashAlg},
+    pcr::{PCR_COUNT, Register, Registers},
+};
+use tss_esapi::{constants::tss, tss2_esys as sys};
+
+use super::{
+    Clock, Quote, Tpm, TpmError, TpmErrorKind,
+    error::Rc,
+    esys::{self, Esys, Handle, Use},
+    template,
+};
+
+/// How often a command is sent to a TPM that says it is busy. With the pauses between, about one second.
+const BUSY_ATTEMPTS: u32 = 10;
+
+/// How often registers are read again because somebody extended one meanwhile.
+const READ_ATTEMPTS: u32 = 64;
+
+/// Values that one `TPM2_PCR_Read` can answer (the size of `TPML_DIGEST`).
+const VALUES_PER_READ: usize = 8;
+
+/// A TPM reached through libtss2.
+///
+/// Holds one transient object (the attestation key) and one session in the TPM, and takes both away when dropped.
+pub struct EsapiTpm {
+    esys: Esys,
+    tcti: String,
+    session: Handle,
+    ak: Handle,
+    ak_public: Vec<u8>,
+    model: String,
+    software: bool,
+}
+
+impl EsapiTpm {
+    /// Opens a TPM: `device:/dev/tpmrm0`, `device:/dev/tpm0`, `swtpm:path=SOCKET`, or what else libtss2-tctildr
+    /// knows. Removes left-overs where there is no resource manager (see [`crate::tpm`]), makes the keys and starts
+    /// the session.
+    ///
+    /// # Errors
+    /// Also when the endorsement hierarchy is disabled or has a password.
+    pub fn open(tcti: &str) -> Result<Self, TpmError> {
+        let fail = |command, kind| TpmError { tcti: tcti.to_owned(), command, kind };
+        if !tcti.contains(':') {
+            return Err(fail("connect", TpmErrorKind::BadTcti { why: "it has no `:`" }));
+        }
+        let name_conf = CString::new(tcti)
+            .map_err(|_| fail("connect", TpmErrorKind::BadTcti { why: "it contains a zero byte" }))?;
+        let mut esys = Esys::connect(&name_conf).map_err(|rc| {
+            let kind = match rc.kind(1) {
+                TpmErrorKind::Gone { code, .. } => TpmErrorKind::Gone { code, hint: hint(tcti) },
+                other => other,
+            };
+            fail("connect", kind)
+        })?;
+        if !has_resource_manager(tcti) {
+            busy_retry(|| remove_left_overs(&mut esys)).map_err(|kind| fail("TPM2_FlushContext", kind))?;
+        }
+        let (model, software) = busy_retry(|| model(&mut esys)).map_err(|kind| fail("TPM2_GetCapability", kind))?;
+        let ek_template =
+            template::endorsement_key().map_err(|_| fail("key template", TpmErrorKind::Nonsense { what: "EK" }))?;
+        let ak_template =
+            template::attestation_key().map_err(|_| fail("key template", TpmErrorKind::Nonsense { what: "AK" }))?;
+
+        // The very first command that needs authorisation has no key to salt a session with yet.
+        let (ek, _) = busy_retry(|| esys.create_endorsement_primary(Handle::PASSWORD, &ek_template))
+            .map_err(|kind| fail("TPM2_CreatePrimary (endorsement key)", kind))?;
+        let session = busy_retry(|| esys.start_salted_session(ek))
+            .map_err(|kind| fail("TPM2_StartAuthSession (salted with the endorsement key)", kind))?;
+        // Only the start of a session needs the key; three transient objects may be all that a TPM can hold.
+        busy_retry(|| esys.flush(ek)).map_err(|kind| fail("TPM2_FlushContext", kind))?;
+        let (ak, ak_public) = busy_retry(|| {
+            esys.set_use(session, Use::Encrypt)?;
+            esys.create_endorsement_primary(session, &ak_template)
+        })
+        .map_err(|kind| fail("TPM2_CreatePrimary (attestation key)", kind))?;
+        let ak_public = esys::marshal_public(&ak_public).map_err(|rc| fail("TPM2B_PUBLIC", rc.kind(1)))?;
+        Ok(Self { esys, tcti: tcti.to_owned(), session, ak, ak_public, model, software })
+    }
+
+    fn call<T>(
+        &mut self,
+        command: &'static str,
+        mut send: impl FnMut(&mut Self) -> Result<T, Rc>,
+    ) -> Result<T, TpmError> {
+        busy_retry(|| send(self)).map_err(|kind| self.error(command, kind))
+    }
+
+    fn error(&self, command: &'static str, kind: TpmErrorKind) -> TpmError {
+        let kind = match kind {
+            TpmErrorKind::Gone { code, .. } => TpmErrorKind::Gone { code, hint: hint(&self.tcti) },
+            other => other,
+        };
+        TpmError { tcti: self.tcti.clone(), command, kind }
+    }
+
+    /// Reads at most [`VALUES_PER_READ`] registers by one command. Gives the counter of register updates with them.
+    fn read_some(&mut self, registers: &[Register]) -> Result<(u32, Registers), TpmError> {
+        const COMMAND: &str = "TPM2_PCR_Read";
+        let wanted = selection(registers).map_err(|kind| self.error(COMMAND, kind))?;
+        let (counter, read, values) = self.call(COMMAND, |tpm| tpm.esys.pcr_read(&wanted))?;
+        let mut values = values.digests.iter().take(values.count as usize);
+        let mut found = Registers::new();
+        for (algorithm, pcr) in selected(&read) {
+            let nonsense = || TpmErrorKind::Nonsense { what: "registers that were not asked for" };
+            let value = values.next().ok_or_else(|| self.error(COMMAND, nonsense()))?;
+            let register = HashAlg::from_tpm(algorithm)
+                .map(|bank| Register { bank, pcr })
+                .filter(|register| registers.contains(register) && register.bank.size() == usize::from(value.size))
+                .ok_or_else(|| self.error(COMMAND, nonsense()))?;
+            found.insert(register, value.buffer[..register.bank.size()].to_vec());
+        }
+        if found.is_empty()
+            && let Some(&register) = registers.first()
+        {
+            return Err(self.error(COMMAND, TpmErrorKind::NoRegister { register }));
+        }
+        Ok((counter, found))
+    }
+
+    /// One pass over all registers; `None` when one was updated between two commands.
+    fn read_all(&mut self, registers: &[Register]) -> Result<Option<Registers>, TpmError> {
+        let mut left = registers.to_vec();
+        left.sort_unstable();
+        left.dedup();
+        let mut all = Registers::new();
+        let mut first = None;
+        while !left.is_empty() {
+            let (counter, found) = self.read_some(&left[..left.len().min(VALUES_PER_READ)])?;
+            if *first.get_or_insert(counter) != counter {
+                return Ok(None);
+            }
+            // A TPM may answer fewer than were asked for in one command.
+            left.retain(|register| !found.contains_key(register));
+            all.extend(found);
+        }
+        Ok(Some(all))
+    }
+}
+
+impl Tpm for EsapiTpm {
+    fn active_banks(&mut self) -> Result<Vec<HashAlg>, TpmError> {
+        const COMMAND: &str = "TPM2_GetCapability (PCR allocation)";
+        let allocated = self.call(COMMAND, |tpm| tpm.esys.allocated_banks())?;
+        let mut banks = Vec::new();
+        for (algorithm, _) in selected(&allocated) {
+            let bank = HashAlg::from_tpm(algorithm)
+                .ok_or_else(|| self.error(COMMAND, TpmErrorKind::UnsupportedBank { algorithm }))?;
+            banks.push(bank);
+        }
+        banks.sort_unstable();
+        banks.dedup();
+        if banks.is_empty() { Err(self.error(COMMAND, TpmErrorKind::NoBank)) } else { Ok(banks) }
+    }
+
+    fn pcr_read(&mut self, registers: &[Register]) -> Result<Registers, TpmError> {
+        for _ in 0..READ_ATTEMPTS {
+            if let Some(values) = self.read_all(registers)? {
+                return Ok(values);
+            }
+        }
+        Err(self.error("TPM2_PCR_Read", TpmErrorKind::Unsteady { attempts: READ_ATTEMPTS }))
+    }
+
+    fn extend(&mut self, pcr: u8, digests: &[BankDigest]) -> Result<(), TpmError> {
+        const COMMAND: &str = "TPM2_PCR_Extend";
+        let digests = digest_values(pcr, digests).map_err(|kind| self.error(COMMAND, kind))?;
+        self.call(COMMAND, |tpm| {
+            tpm.esys.set_use(tpm.session, Use::Plain)?;
+            tpm.esys.pcr_extend(tpm.session, pcr, &digests)
+        })
+    }
+
+    fn quote(&mut self, qualifying_data: &[u8], registers: &[Register]) -> Result<Quote, TpmError> {
+        const COMMAND: &str = "TPM2_Quote";
+        let selection = selection(registers).map_err(|kind| self.error(COMMAND, kind))?;
+        let mut data = sys::TPM2B_DATA::default();
+        let Some(place) = data.buffer.get_mut(..qualifying_data.len()) else {
+            return Err(self.error(COMMAND, TpmErrorKind::Argument { what: "qualifying data over 64 bytes" }));
+        };
+        place.copy_from_slice(qualifying_data);
+        data.size = u16::try_from(qualifying_data.len()).unwrap_or(u16::MAX);
+        let (attest, signature) = self.call(COMMAND, |tpm| {
+            tpm.esys.set_use(tpm.session, Use::Encrypt)?;
+            tpm.esys.quote(tpm.session, tpm.ak, &data, &selection)
+        })?;
+        Ok(Quote { attest, signature })
+    }
+
+    fn clock(&mut self) -> Result<Clock, TpmError> {
+        let info = self.call("TPM2_ReadClock", |tpm| tpm.esys.read_clock())?;
+        Ok(Clock {
+            clock: info.clock,
+            reset_count: info.resetCount,
+            restart_count: info.restartCount,
+            safe: info.safe != 0,
+        })
+    }
+
+    fn ak_public(&self) -> &[u8] {
+        &self.ak_public
+    }
+
+    fn is_software(&self) -> bool {
+        self.software
+    }
+
+    fn model(&self) -> &str {
+        &self.model
+    }
+}
+
+impl Drop for EsapiTpm {
+    fn drop(&mut self) {
+        // The TPM may be gone, and the next opening removes what is left behind.
+        for handle in [self.ak, self.session] {
+            let _ = self.esys.flush(handle);
+        }
+    }
+}
+
+/// Sends a command again, after a growing pause, while the TPM is busy.
+fn busy_retry<T>(mut send: impl FnMut() -> Result<T, Rc>) -> Result<T, TpmErrorKind> {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match send() {
+            Ok(value) => return Ok(value),
+            Err(rc) if rc.is_busy() && attempts < BUSY_ATTEMPTS => {
+                thread::sleep(Duration::from_millis(1 << attempts.min(7)));
+            }
+            Err(rc) => return Err(rc.kind(attempts)),
+        }
+    }
+}
+
+/// Whether something between us and the TPM keeps other users' objects apart from ours.
+fn has_resource_manager(tcti: &str) -> bool {
+    tcti.starts_with("tabrmd") || tcti.strip_prefix("device:").is_some_and(|path| path.contains("tpmrm"))
+}
+
+/// Flushes every transient object and every loaded session.
+fn remove_left_overs(esys: &mut Esys) -> Result<(), Rc> {
+    const TRANSIENT: u32 = 0x8000_0000;
+    const LOADED_SESSION: u32 = 0x0200_0000;
+    for first in [TRANSIENT, LOADED_SESSION] {
+        for handle in esys.tpm_handles(first)? {
+            esys.flush_tpm_handle(handle)?;
+        }
+    }
+    Ok(())
+}
+
+/// Manufacturer and vendor string, and whether they are those of a program.
+fn model(esys: &mut Esys) -> Result<(String, bool), Rc> {
+    let properties: BTreeMap<u32, u32> = esys.properties(tss::TPM2_PT_MANUFACTURER, 5)?.into_iter().collect();
+    let text = |tags: std::ops::RangeInclusive<u32>| -> String {
+        let bytes = tags.filter_map(|tag| properties.get(&tag)).flat_map(|value| value.to_be_bytes());
+        bytes.filter(|b| b.is_ascii_graphic() || *b == b' ').map(char::from).collect()
+    };
+    let manufacturer = text(tss::TPM2_PT_MANUFACTURER..=tss::TPM2_PT_MANUFACTURER);
+    let vendor = text(tss::TPM2_PT_VENDOR_STRING_1..=tss::TPM2_PT_VENDOR_STRING_4);
+    let words = vendor.split_whitespace().collect::<Vec<_>>();
+    // libtpms (swtpm, and QEMU's vTPM with it) says `IBM` and `SW TPM`; Microsoft's reference code, also as the vTPM
+    // of clouds, `MSFT` or `XYZZ`, `XYZ `.
+    let software = words.contains(&"SW") || matches!(manufacturer.trim(), "MSFT" | "XYZZ" | "XYZ" | "GOOG");
+    Ok((format!("{} {}", manufacturer.trim(), words.join(" ")).trim().to_owned(), software))
+}
+
+/// What the operating system says about the device or socket, `: ` in front.
+fn hint(tcti: &str) -> String {
+    let outcome = if let Some(device) = tcti.strip_prefix("device:") {
+        match Path::new(device).exists() {
+            true => fs::OpenOptions::new().read(true).write(true).open(device).map(drop),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+        .map_err(|error| (device, error))
+    } else if let Some(socket) = tcti.strip_prefix("swtpm:path=") {
+        UnixStream::connect(socket).map(drop).map_err(|error| (socket, error))
+    } else {
+        Ok(())
+    };
+    match outcome {
+        Ok(()) => String::new(),
+        Err((path, error)) => format!(": {path}: {error}"),
+    }
+}
+
+/// The registers of a selection in the order in which a TPM takes them: bank after bank as listed, then by index.
+fn selected(list: &sys::TPML_PCR_SELECTION) -> impl Iterator<Item = (u16, u8)> + '_ {
+    list.pcrSelections.iter().take(list.count as usize).flat_map(|bank| {
+        let size = usize::from(bank.sizeofSelect).min(bank.pcrSelect.len());
+        (0..).zip(&bank.pcrSelect[..size]).flat_map(move |(i, &bits)| {
+            (0..8).filter(move |bit| bits & (1 << bit) != 0).map(move |bit| (bank.hash, i * 8 + bit))
+        })
+    })
+}
+
+/// The wire form of a set of registers, banks ascending.
+fn selection(registers: &[Register]) -> Result<sys::TPML_PCR_SELECTION, TpmErrorKind> {
+    let mut banks = BTreeMap::<HashAlg, [u8; 4]>::new();
+    for register in registers {
+        if register.pcr >= PCR_COUNT {
+            return Err(TpmErrorKind::Argument { what: "a register's index is over 23" });
+        }
+        banks.entry(register.bank).or_default()[usize::from(register.pcr / 8)] |= 1 << (register.pcr % 8);
+    }
+    let mut list = sys::TPML_PCR_SELECTION::default();
+    for (place, (bank, bits)) in list.pcrSelections.iter_mut().zip(banks) {
+        *place = sys::TPMS_PCR_SELECTION { hash: bank.tpm_id(), sizeofSelect: PCR_COUNT / 8, pcrSelect: bits };
+        list.count += 1;
+    }
+    Ok(list)
+}
+
+/// The wire form of one extend.
+fn digest_values(pcr: u8, digests: &[BankDigest]) -> Result<sys::TPML_DIGEST_VALUES, TpmErrorKind> {
+    if pcr >= PCR_COUNT {
+        return Err(TpmErrorKind::Argument { what: "a register's index is over 23" });
+    }
+    let mut list = sys::TPML_DIGEST_VALUES::default();
+    if digests.is_empty() || digests.len() > list.digests.len() {
+        return Err(TpmErrorKind::Argument { what: "an extend needs one digest for each active bank" });
+    }
+    for (place, digest) in list.digests.iter_mut().zip(digests) {
+        if digest.value.0.len() != digest.alg.size() {
+            return Err(TpmErrorKind::Argument { what: "a digest has not the size of its bank" });
+        }
+        let mut buffer = [0; 64];
+        buffer[..digest.value.0.len()].copy_from_slice(&digest.value.0);
+        *place = sys::TPMT_HA { hashAlg: digest.alg.tpm_id(), digest: sys::TPMU_HA { sha512: buffer } };
+        list.count += 1;
+    }
+    Ok(list)
+}
