@@ -25,7 +25,9 @@ fn one_failure_anywhere_is_survived() {
     let world = World::new();
     let mut journal = world.start_well();
     assert!(work_on(&world, &mut journal, &mut Work::default()).is_empty());
-    let start = { World::new().start_well(); };
+    let start = {
+        World::new().start_well();
+    };
     let () = start;
     let all = world.steps().done.clone();
     let after_start = {

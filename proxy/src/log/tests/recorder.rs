@@ -1,9 +1,6 @@
 //! The thread and its queue.
 
-use std::{
-    sync::mpsc,
-    time::Duration,
-};
+use std::{sync::mpsc, time::Duration};
 
 use super::*;
 use crate::log::{Recorder, RecorderConfig};
@@ -83,7 +80,7 @@ async fn events_that_wait_for_the_tpm_share_one_extend() {
 }
 
 /// Polls once without a waker.
-fn futures_poll<F: std::future::Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+fn futures_poll<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
     match future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
         std::task::Poll::Ready(output) => Some(output),
         std::task::Poll::Pending => None,
