@@ -1,7 +1,7 @@
 //! Evidence: what a proxy answers to a challenge, and what is saved to a file to be verified later.
 //!
-//! A stream is one zstd frame. Expanded it is a sequence of canonical CBOR items, each an array of the item's number
-//! and its fields: first [`Item::Head`], then pieces of logs in any order, last [`Item::End`] with the number of
+//! A stream is one zstd frame. Expanded it is a sequence of canonical CBOR items, each an array of two, the item's
+//! number and the array of its one field: first [`Item::Head`], then pieces of logs in any order, last [`Item::End`] with the number of
 //! items before it. Each piece says where in its log it begins; pieces of one log follow each other without gap. The
 //! pieces of one guest's list stand together.
 //!

@@ -125,8 +125,8 @@ pub(super) fn fields<'a>(name: &[u8], data: &'a [u8]) -> Result<Fields<'a>, Malf
 }
 
 /// `d-ng`: algorithm name, colon, NUL, digest. The digest's size must be that of the algorithm where we know it, but
-/// for a violation: kernels from 5.18 to about 6.10 name the default algorithm there and list 20 zeros
-/// (`ima_template_lib.c`, `ima_eventdigest_init_common`, between Linux commit 09091c44cb73 and its correction).
+/// for a violation: some kernels since 5.18 name the default algorithm there and list 20 zeros
+/// (`ima_template_lib.c`, `ima_eventdigest_init_common`, from Linux commit 09091c44cb73 until it was corrected).
 fn algorithm_and_digest<'a>(r: &mut Reader<'a>) -> Result<(&'a str, &'a [u8]), Malformed> {
     let field = r.block_le(256)?;
     let Some(end) = field.windows(2).position(|pair| pair == b":\0") else {

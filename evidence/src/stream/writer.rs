@@ -12,7 +12,7 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Adds a piece as it is. One that encodes to more than [`MAX_ITEM`] bytes cannot be read again: the other methods
+    /// Adds a piece as it is. One that encodes to more than [`super::MAX_ITEM`] bytes cannot be read again: the other methods
     /// cut what may grow.
     pub fn push(&mut self, item: &Item) {
         self.bytes.extend_from_slice(&cbor::encode(item));
