@@ -1,1 +1,24 @@
-//! To come.
+//! The verifier: asks hosts for evidence, appraises it, says what is true of a host and of each of its VMs.
+//!
+//! The rooms, from the door inwards:
+//! - [`cli`], [`api`]: people and programs ask here. [`result`] is what they get.
+//! - [`round`]: one attestation of one host: [`challenge`] → [`client`] → [`appraise`] → [`store`].
+//! - [`enrol`]: what the operator has said of a host: its attestation key, its certificate, where it is.
+//! - [`appraise`]: evidence, the host's accepted state, policy and time in; findings, verdict and new state out. Pure.
+//! - [`policy`]: what a host and its VMs should be, as the operator wrote it, or as [`policy::learn`] proposes it.
+//! - [`finding`]: every way in which an appraisal can fail, with its stable code.
+//!
+//! Time and randomness come in through [`source`].
+
+pub mod api;
+pub mod appraise;
+pub mod challenge;
+pub mod cli;
+pub mod client;
+pub mod enrol;
+pub mod finding;
+pub mod policy;
+pub mod result;
+pub mod round;
+pub mod source;
+pub mod store;

@@ -1,0 +1,150 @@
+//! Disk images: held against the policy's digests, or against how the VM's last run left them.
+//!
+//! ```text
+//!           start, digest fits          stop, digest D
+//! New ────────────────────────► InUse ─────────────────► Left(D) ──┐ start, digest is D
+//!                                 ▲ └─ unseen, unmeasured ► Unknown │
+//!                                 └───────────────────────────────┘
+//! ```
+//!
+//! A start that breaks the expectation leaves it in force: what that run makes of the image is never taken as the
+//! next expectation, so that a change is not forgotten by starting and stopping the VM once. Only the operator's
+//! word ends it. An image that its VM cannot write is expected as it was seen last.
+
+use onequote_evidence::{
+    digest::FileDigest,
+    event::{Image, StopCause, VmStop},
+    id::{SessionId, TimeMs},
+};
+
+use super::state::{ImageExpectation, ImageStatus, VmExpectation};
+use crate::{
+    finding::{Code, Finding},
+    policy::{ImageRule, VmRule},
+};
+
+/// When images were measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing could have changed them since.
+    BeforeItRan,
+    /// They may have been other ones at the start.
+    WhileItRan,
+}
+
+/// Judges the images of a start and notes that they are in use.
+pub fn start(
+    vm: &mut VmExpectation,
+    session: SessionId,
+    images: &[Image],
+    rule: Option<&VmRule>,
+    time: TimeMs,
+    seen: Seen,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for image in images {
+        let expectation = vm.images.entry(image.slot.clone()).or_default();
+        let rule_for = rule.and_then(|rule| rule.images.get(&image.slot));
+        let broken = match (rule, rule_for) {
+            (Some(_), None) => Some(of(Code::ImageUnlisted, image).expected("no such image")),
+            (_, Some(listed)) if !listed.continuity => by_digest(image, listed),
+            _ => by_continuity(expectation, session, image, rule_for, seen),
+        };
+        let keep = broken.as_ref().map(|_| Box::new(expectation.now.clone()));
+        findings.extend(broken);
+        expectation.remember(image.digest, "vm-start", time);
+        expectation.now = match (image.read_only, keep) {
+            (true, None) => ImageStatus::Left { digest: image.digest },
+            (true, Some(kept)) => *kept,
+            (false, broken) => ImageStatus::InUse { session, broken },
+        };
+    }
+    let listed = rule.into_iter().flat_map(|rule| rule.images.keys());
+    for slot in listed.filter(|slot| !images.iter().any(|image| image.slot == **slot)) {
+        findings.push(Finding::new(Code::ImageMissing, slot));
+    }
+    findings
+}
+
+/// Judges images that a running VM was given. Their past is not known.
+pub fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&VmRule>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for image in images {
+        match rule.and_then(|rule| rule.images.get(&image.slot)) {
+            None => findings.push(of(Code::ImageUnlisted, image).expected("no such image")),
+            Some(listed) if !listed.continuity => findings.extend(by_digest(image, listed)),
+            Some(_) => {}
+        }
+        if let Some(expectation) = vm.images.get_mut(&image.slot) {
+            expectation.now = ImageStatus::Unknown { why: "it was changed while the VM ran".into() };
+        }
+    }
+    findings
+}
+
+/// Takes over how a run left its images.
+pub fn stop(vm: &mut VmExpectation, session: SessionId, stop: &VmStop, time: TimeMs) {
+    for (slot, expectation) in &mut vm.images {
+        let ImageStatus::InUse { session: user, broken } = &mut expectation.now else { continue };
+        if *user != session {
+            continue;
+        }
+        let broken = broken.take();
+        let left = stop.images.iter().find(|image| image.slot == *slot);
+        if let Some(left) = left {
+            expectation.remember(left.digest, "vm-stop", time);
+        }
+        expectation.now = match (broken, left) {
+            (Some(still), _) => *still,
+            (None, _) if stop.cause == StopCause::Unwatched => {
+                ImageStatus::Unknown { why: "the VM ended while nobody watched".into() }
+            }
+            (None, Some(left)) => ImageStatus::Left { digest: left.digest },
+            (None, None) => ImageStatus::Unknown { why: "it could not be measured when the VM ended".into() },
+        };
+    }
+}
+
+fn by_digest(image: &Image, rule: &ImageRule) -> Option<Finding> {
+    let known = rule.digests.contains(&image.digest);
+    (!known).then(|| of(Code::ImageMismatch, image).expected(any_of(&rule.digests)))
+}
+
+fn by_continuity(
+    expectation: &mut ImageExpectation,
+    session: SessionId,
+    image: &Image,
+    rule: Option<&ImageRule>,
+    seen: Seen,
+) -> Option<Finding> {
+    let finding = match &expectation.now {
+        ImageStatus::New => match rule.filter(|rule| !rule.digests.is_empty()) {
+            Some(rule) => by_digest(image, rule)?,
+            None => return None,
+        },
+        ImageStatus::Left { digest } if *digest == image.digest => return None,
+        ImageStatus::Left { digest } => of(Code::ImageDiscontinuity, image).expected(digest),
+        ImageStatus::InUse { session: user, .. } if *user == session => return None,
+        ImageStatus::InUse { .. } => {
+            of(Code::ImageUnwatched, image).expected("unknown: the end of the VM's last run was not recorded")
+        }
+        ImageStatus::Unknown { why } => of(Code::ImageUnwatched, image).expected(format!("unknown: {why}")),
+    };
+    if let Some(at) = expectation.accepted.iter().position(|digest| *digest == image.digest) {
+        expectation.accepted.remove(at);
+        return None;
+    }
+    if seen == Seen::WhileItRan && finding.code == Code::ImageDiscontinuity {
+        // The VM has written to it since its start: the two digests cannot be held against each other.
+        return Some(of(Code::ImageUnwatched, image).expected("measured before the VM ran"));
+    }
+    Some(finding)
+}
+
+fn of(code: Code, image: &Image) -> Finding {
+    Finding::new(code, format!("{} {}", image.slot, image.path)).actual(image.digest)
+}
+
+fn any_of(digests: &[FileDigest]) -> String {
+    digests.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
+}

@@ -1,0 +1,287 @@
+//! What the log says of each VM: its QEMU processes, what they started from, how they ended.
+//!
+//! Events are taken in order, onto the expectation tree as it was when the epoch began. What comes out are the
+//! sessions with everything that judging them needs, the tree as it is now, and findings about history: those need no
+//! policy except for images, whose rule says whether digests or continuity count.
+
+use std::collections::BTreeMap;
+
+use onequote_evidence::{
+    cbor,
+    event::{
+        Component, ConfigChange, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind,
+        Image, LogGap, VmRef, VmRefuse, VmStart,
+    },
+    id::{Blob, SessionId, TimeMs, VmId},
+    record,
+};
+
+use super::{
+    images,
+    log::VerifiedLog,
+    state::{KnownSession, Tree, VmExpectation},
+};
+use crate::{
+    finding::{Code, Finding},
+    policy::{Consent, Policy, VmRule},
+};
+
+/// One QEMU process, as far as the log tells.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// The VM.
+    pub vm: VmId,
+    /// Its name, as far as it is known.
+    pub name: String,
+    /// What it started from, measured before it ran or else when it was first seen.
+    pub start: Option<VmStart>,
+    /// Whether that was measured before it ran.
+    pub before: bool,
+    /// Why it was not let run.
+    pub refused: Option<VmRefuse>,
+    /// Whether it has ended.
+    pub stopped: bool,
+    /// Whether it was there before this epoch's log.
+    pub older: bool,
+    /// Resets in this epoch.
+    pub resets: u64,
+    /// Its guest's boots.
+    pub boots: BTreeMap<u32, Boot>,
+    /// What the log itself shows to be wrong with it.
+    pub findings: Vec<Finding>,
+}
+
+/// One boot of a guest, as the log tells it.
+#[derive(Debug, Clone, Default)]
+pub struct Boot {
+    /// Size of the template hash in its list, in bytes; none when no shim said hello in this epoch.
+    pub hash_size: Option<usize>,
+    /// The records of its entries: number of the record, and the event.
+    pub recorded: Vec<(u64, GuestEntries)>,
+}
+
+/// All that the log says.
+#[derive(Debug, Clone, Default)]
+pub struct Sessions {
+    /// By QEMU process.
+    pub by_id: BTreeMap<SessionId, Session>,
+    /// The expectations after the log.
+    pub tree: Tree,
+    /// Findings about the host.
+    pub findings: Vec<Finding>,
+    /// For the operator.
+    pub notes: Vec<String>,
+}
+
+/// Takes in a whole log. The caller must trust it, and must have kept `base` itself. `names` are the VMs' names as
+/// the host states them now.
+#[must_use]
+pub fn fold(log: &VerifiedLog, base: Tree, names: &BTreeMap<SessionId, String>, policy: &Policy) -> Sessions {
+    let mut fold = Fold { out: Sessions { tree: base, ..Sessions::default() }, names, policy };
+    for (recnum, event) in log.events() {
+        fold.take(*recnum, event);
+    }
+    fold.out
+}
+
+struct Fold<'a> {
+    out: Sessions,
+    names: &'a BTreeMap<SessionId, String>,
+    policy: &'a Policy,
+}
+
+impl Fold<'_> {
+    fn take(&mut self, recnum: u64, event: &Event) {
+        let Some(vm) = event.vm else { return self.take_host(recnum, event) };
+        self.open(vm);
+        if let EventBody::VmCreate(create) = &event.body {
+            self.vm(vm.vm).name.clone_from(&create.name);
+            if let Some(session) = self.out.by_id.get_mut(&vm.session) {
+                session.name.clone_from(&create.name);
+            }
+            return;
+        }
+        let name = self.out.by_id.get(&vm.session).map(|s| s.name.clone()).unwrap_or_default();
+        let policy = self.policy;
+        let rule = policy.rule(&name, vm.vm).map(|(_, rule)| rule);
+        match &event.body {
+            EventBody::VmStart(start) => self.start(recnum, event.time, vm, start, rule),
+            EventBody::VmAttach(attach) => {
+                let start = VmStart { components: attach.components.clone(), images: attach.images.clone() };
+                self.attach(recnum, event.time, vm, start, attach.again, rule);
+            }
+            EventBody::ConfigChange(change) => self.change(recnum, vm, change, rule),
+            body => {
+                let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+                let tree = self.out.tree.vms.entry(vm.vm).or_default();
+                match body {
+                    EventBody::VmStop(stop) => {
+                        session.stopped = true;
+                        tree.session = None;
+                        images::stop(tree, vm.session, stop, event.time);
+                    }
+                    EventBody::VmRefuse(refuse) => session.refused = Some(refuse.clone()),
+                    EventBody::VmReset(_) => session.resets += 1,
+                    EventBody::LogGap(gap) => {
+                        session.findings.extend(gap_finding(recnum, gap, policy, &mut self.out.notes));
+                    }
+                    EventBody::Unknown { kind, .. } => session.findings.push(unknown(recnum, kind)),
+                    EventBody::VmPause(_) | EventBody::VmResume(_) | EventBody::GuestLost(_) => {}
+                    guest => guest_event(session, recnum, guest),
+                }
+            }
+        }
+    }
+
+    fn take_host(&mut self, recnum: u64, event: &Event) {
+        match &event.body {
+            EventBody::LogGap(gap) => {
+                self.out.findings.extend(gap_finding(recnum, gap, self.policy, &mut self.out.notes));
+            }
+            EventBody::UnmanagedVm(other) => {
+                let note = format!("record {recnum}: {} (pid {}) ran unmanaged", other.program, other.pid);
+                self.out.notes.push(note);
+            }
+            EventBody::ProxyStart(start) if recnum > 0 => {
+                self.out.notes.push(format!("record {recnum}: the proxy (version {}) was started again", start.version));
+            }
+            EventBody::ProxyStart(_) => {}
+            EventBody::Unknown { kind, .. } => self.out.findings.push(unknown(recnum, kind)),
+            // An event of a VM without a VM cannot be judged.
+            body => self.out.findings.push(unknown(recnum, &format!("{} without a VM", body.kind()))),
+        }
+    }
+
+    /// Makes sure that the session is there.
+    fn open(&mut self, vm: VmRef) {
+        let tree = self.out.tree.vms.entry(vm.vm).or_default();
+        let known = tree.session.as_ref().filter(|known| known.session == vm.session);
+        let known_start = known.and_then(|known| cbor::decode("kept start", &known.start.0, record::MAX_CONTENT).ok());
+        let name = self.names.get(&vm.session).unwrap_or(&tree.name).clone();
+        let session = self.out.by_id.entry(vm.session).or_insert_with(|| Session {
+            vm: vm.vm,
+            name,
+            before: known_start.is_some(),
+            older: known_start.is_some(),
+            start: known_start,
+            refused: None,
+            stopped: false,
+            resets: 0,
+            boots: BTreeMap::new(),
+            findings: Vec::new(),
+        });
+        if session.vm != vm.vm {
+            let item = format!("session {}", vm.session);
+            self.out.findings.push(Finding::new(Code::VmNotInLog, item).expected(session.vm).actual(vm.vm));
+        }
+    }
+
+    fn vm(&mut self, vm: VmId) -> &mut VmExpectation {
+        self.out.tree.vms.entry(vm).or_default()
+    }
+
+    fn start(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: &VmStart, rule: Option<&VmRule>) {
+        let tree = self.vm(vm.vm);
+        let findings = images::start(tree, vm.session, &start.images, rule, time, images::Seen::BeforeItRan);
+        tree.session =
+            Some(KnownSession { session: vm.session, start: Blob(cbor::encode(start)), record: recnum });
+        if let Some(session) = self.out.by_id.get_mut(&vm.session) {
+            session.findings.extend(findings);
+            session.start = Some(start.clone());
+            session.before = true;
+            session.refused = None;
+        }
+    }
+
+    fn attach(
+        &mut self,
+        recnum: u64,
+        time: TimeMs,
+        vm: VmRef,
+        start: VmStart,
+        again: bool,
+        rule: Option<&VmRule>,
+    ) {
+        let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        let tree = self.out.tree.vms.entry(vm.vm).or_default();
+        if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {
+            session.findings.extend(changed(recnum, first, &start));
+            return;
+        }
+        session.findings.extend(images::start(tree, vm.session, &start.images, rule, time, images::Seen::WhileItRan));
+        session.start = Some(start);
+    }
+
+    fn change(&mut self, recnum: u64, vm: VmRef, change: &ConfigChange, rule: Option<&VmRule>) {
+        let tree = self.out.tree.vms.entry(vm.vm).or_default();
+        let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        let item = format!("{} (record {recnum})", change.what);
+        if rule.is_some_and(|rule| rule.changes == Consent::Allowed) {
+            self.out.notes.push(format!("{}: {item} changed", session.name));
+            session.findings.extend(images::changed(tree, &change.images, rule));
+        } else {
+            let none_if_empty = |text: &str| if text.is_empty() { "nothing".to_owned() } else { text.to_owned() };
+            let finding = Finding::new(Code::ConfigChange, item).expected(none_if_empty(&change.before));
+            session.findings.push(finding.actual(none_if_empty(&change.after)));
+        }
+    }
+}
+
+fn guest_event(session: &mut Session, recnum: u64, body: &EventBody) {
+    match body {
+        EventBody::GuestHello(GuestHello { boot, hash_size, .. }) => {
+            session.boots.entry(*boot).or_default().hash_size = Some(*hash_size as usize);
+        }
+        EventBody::GuestEntries(entries) => {
+            session.boots.entry(entries.boot).or_default().recorded.push((recnum, entries.clone()));
+        }
+        EventBody::GuestRewind(GuestRewind { boot, count, aggregate, claimed_count, claimed, .. }) => {
+            let item = format!("boot {boot}, record {recnum}");
+            let finding = Finding::new(Code::GuestRewind, item).expected(format!("{count} entries, {aggregate}"));
+            session.findings.push(finding.actual(format!("{claimed_count} entries, {claimed}")));
+        }
+        EventBody::GuestOverflow(GuestOverflow { boot, count, limit }) => {
+            let item = format!("boot {boot}, record {recnum}");
+            let finding = Finding::new(Code::GuestOverflow, item).expected(limit);
+            session.findings.push(finding.actual(format!("{count} entries taken")));
+        }
+        // An event of the host cannot be about a VM.
+        other => session.findings.push(unknown(recnum, &format!("{} with a VM", other.kind()))),
+    }
+}
+
+fn gap_finding(recnum: u64, gap: &LogGap, policy: &Policy, notes: &mut Vec<String>) -> Option<Finding> {
+    let item = format!("{} (record {recnum})", gap.reason);
+    if policy.host.accept_gaps.contains(&gap.reason) {
+        notes.push(format!("accepted gap: {item}: {}", gap.detail));
+        return None;
+    }
+    let code = if gap.reason == GapReason::ForeignExtend { Code::ForeignExtend } else { Code::LogGap };
+    Some(Finding::new(code, item).actual(&gap.detail))
+}
+
+fn unknown(recnum: u64, kind: &str) -> Finding {
+    Finding::new(Code::UnknownEvent, format!("{kind} (record {recnum})"))
+}
+
+/// What is other than it was when the same QEMU process was measured first. Images that a VM writes may be.
+fn changed(recnum: u64, first: &VmStart, now: &VmStart) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut differ = |item: String, before: Option<String>, after: Option<String>| {
+        if before != after {
+            let show = |value: Option<String>| value.unwrap_or_else(|| "nothing".to_owned());
+            let finding = Finding::new(Code::ComponentChanged, format!("{item} (record {recnum})"));
+            findings.push(finding.expected(show(before)).actual(show(after)));
+        }
+    };
+    let part = |c: &Component| (format!("{} {}", c.role, c.path), c.digest.to_string());
+    let fixed = |i: &Image| i.read_only.then(|| (i.slot.clone(), i.digest.to_string()));
+    let table = |start: &VmStart| -> BTreeMap<String, String> {
+        start.components.iter().map(part).chain(start.images.iter().filter_map(fixed)).collect()
+    };
+    let (before, after) = (table(first), table(now));
+    for key in before.keys().chain(after.keys().filter(|key| !before.contains_key(*key))) {
+        differ(key.trim_end().to_owned(), before.get(key).cloned(), after.get(key).cloned());
+    }
+    findings
+}

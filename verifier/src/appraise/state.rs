@@ -1,0 +1,169 @@
+//! What a verifier keeps of a host between two pieces of evidence.
+//!
+//! The *expectation tree*: host → VM → disk image, each image with how it must be at its VM's next start, whose word
+//! that is, and what it was before. The tree is kept as it was when the current epoch began and as it is now. An
+//! appraisal replays the whole epoch onto the first, so that the same evidence gives the same verdict however often
+//! it is appraised, and a new policy judges everything that still counts.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use onequote_evidence::{
+    digest::FileDigest,
+    id::{Blob, Epoch, SessionId, Sha256, TimeMs, VmId},
+    pcr::RegisterValue,
+    tpm::ClockInfo,
+};
+
+/// Past digests that are kept of an image.
+const MAX_HISTORY: usize = 8;
+
+/// Everything kept of one host. Written only from evidence that was authentic and whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostState {
+    /// The last accepted quote and log.
+    pub accepted: Option<Accepted>,
+    /// The expectations when the accepted epoch began.
+    pub base: Tree,
+    /// The expectations now.
+    pub tree: Tree,
+    /// Guests' lists as accepted, of the VMs that ran.
+    pub guests: Vec<AcceptedGuest>,
+}
+
+/// The last accepted quote and log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// The log's epoch.
+    pub epoch: Epoch,
+    /// Records in the log.
+    pub records: u64,
+    /// The log's registers after them.
+    pub registers: Vec<RegisterValue>,
+    /// Whether what the registers held before the log was explained when its first records were accepted.
+    pub history_accepted: bool,
+    /// The TPM's clock and counters.
+    pub clock: ClockInfo,
+}
+
+/// A guest's list as accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptedGuest {
+    /// The QEMU process.
+    pub session: SessionId,
+    /// Which boot of it.
+    pub boot: u32,
+    /// Entries.
+    pub count: u64,
+    /// The virtual PCR 10 after them.
+    pub aggregate: Sha256,
+}
+
+/// Expectations of all VMs that were ever seen on the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tree {
+    /// By UUID.
+    pub vms: BTreeMap<VmId, VmExpectation>,
+}
+
+/// Expectations of one VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmExpectation {
+    /// Its last name.
+    pub name: String,
+    /// The QEMU process that runs it.
+    pub session: Option<KnownSession>,
+    /// Its images by slot.
+    pub images: BTreeMap<String, ImageExpectation>,
+}
+
+/// A QEMU process that was measured before it ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownSession {
+    /// Which.
+    pub session: SessionId,
+    /// The measurement: the body of its `vm-start` event.
+    pub start: Blob,
+    /// The number of its record, and the epoch.
+    pub record: u64,
+}
+
+/// Expectation of one image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageExpectation {
+    /// How it must be.
+    pub now: ImageStatus,
+    /// Digests that the operator has accepted for the next start at which they are found; each serves once.
+    #[serde(default)]
+    pub accepted: Vec<FileDigest>,
+    /// What it was before, oldest first.
+    #[serde(default)]
+    pub history: Vec<PastImage>,
+}
+
+/// How an image must be at its VM's next start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "kebab-case")]
+pub enum ImageStatus {
+    /// It was never seen.
+    #[default]
+    New,
+    /// As it was left.
+    Left {
+        /// So.
+        digest: FileDigest,
+    },
+    /// A VM writes it.
+    InUse {
+        /// The VM's QEMU process.
+        session: SessionId,
+        /// Where its start broke the expectation: the expectation, which stays in force.
+        broken: Option<Box<ImageStatus>>,
+    },
+    /// Nobody knows.
+    Unknown {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What an image was at some time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastImage {
+    /// Its digest.
+    pub digest: FileDigest,
+    /// The event that told it.
+    pub event: String,
+    /// By the host's clock.
+    pub time: TimeMs,
+}
+
+impl ImageExpectation {
+    /// Keeps a past digest, and forgets the oldest when there are too many.
+    pub fn remember(&mut self, digest: FileDigest, event: &str, time: TimeMs) {
+        self.history.push(PastImage { digest, event: event.to_owned(), time });
+        let surplus = self.history.len().saturating_sub(MAX_HISTORY);
+        self.history.drain(..surplus);
+    }
+}
+
+impl HostState {
+    /// Notes that the operator accepts an image's digest for the next start at which it is found, which may be one
+    /// that was found wrong before.
+    pub fn accept_image(&mut self, vm: VmId, slot: &str, digest: FileDigest) {
+        for tree in [&mut self.base, &mut self.tree] {
+            let image = tree.vms.entry(vm).or_default().images.entry(slot.to_owned()).or_default();
+            image.accepted.push(digest);
+        }
+    }
+
+    /// The expectations that a log of `epoch` is replayed onto.
+    #[must_use]
+    pub fn base_for(&self, epoch: Epoch) -> Tree {
+        match &self.accepted {
+            Some(accepted) if accepted.epoch == epoch => self.base.clone(),
+            _ => self.tree.clone(),
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! Findings: what an appraisal found wrong, where, and what it means.
+//!
+//! Codes are stable: programs may rely on them. Each has one meaning, said here once for pages, tables and JSON.
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! codes {
+    ($($variant:ident = $code:literal, $class:ident, $meaning:literal, $advice:literal;)*) => {
+        /// Everything that can be found wrong.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Code {
+            $(#[doc = $meaning] $variant,)*
+        }
+
+        impl Code {
+            /// Every code, in the order in which appraisal can find them.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// The stable word for it.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $code,)* }
+            }
+
+            /// What it means, in a sentence.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => $meaning,)* }
+            }
+
+            /// What to do about it, in a sentence.
+            #[must_use]
+            pub fn advice(self) -> &'static str {
+                match self { $(Self::$variant => $advice,)* }
+            }
+
+            /// What it puts in question.
+            #[must_use]
+            pub fn class(self) -> Class {
+                match self { $(Self::$variant => Class::$class,)* }
+            }
+        }
+    };
+}
+
+/// What a finding puts in question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Whether the evidence is the host's, fresh and whole: nothing is learned from such evidence.
+    Evidence,
+    /// What really happened, although the evidence is the host's: it is whole, but shows that something was not seen.
+    History,
+    /// Whether what was measured is what the operator wants.
+    Policy,
+    /// Nothing: there is no newer evidence, or no rule to judge it by.
+    Absence,
+}
+
+codes! {
+    EvidenceMalformed = "evidence-malformed", Evidence,
+        "The evidence does not have the form that it must have.",
+        "Check that proxy and verifier are of the same release; otherwise treat the host as hostile.";
+    HostMismatch = "host-mismatch", Evidence,
+        "The evidence is that of another host.",
+        "Check the URL of this host and the host_id in its proxy's configuration.";
+    AkAttributes = "ak-attributes", Evidence,
+        "The enrolled attestation key is not a restricted signing key that its TPM made and keeps.",
+        "Make the key with the proxy's init command and enrol the host again.";
+    SignatureMalformed = "signature-malformed", Evidence,
+        "The quote's signature does not have the form of a TPM signature.",
+        "Treat the host as hostile until its proxy has been looked at.";
+    SignatureAlgorithm = "signature-algorithm", Evidence,
+        "The signature claims another scheme or hash than the enrolled attestation key has.",
+        "Treat the host as hostile: a TPM signs with the scheme of the key.";
+    SignatureInvalid = "signature-invalid", Evidence,
+        "The quote is not signed by the attestation key enrolled for this host.",
+        "If the TPM was replaced or cleared, enrol the host again after a look at it; otherwise treat it as hostile.";
+    AttestMagic = "attest-magic", Evidence,
+        "The signed structure was not made by a TPM.",
+        "Treat the host as hostile.";
+    AttestType = "attest-type", Evidence,
+        "The signed structure is not a quote.",
+        "Treat the host as hostile.";
+    AttestMalformed = "attest-malformed", Evidence,
+        "The signed structure cannot be read.",
+        "Treat the host as hostile.";
+    NonceOther = "nonce-other", Evidence,
+        "The evidence answers a nonce that was not the one asked.",
+        "Ask again; if it comes back, something between proxy and verifier stores answers.";
+    NonceReused = "nonce-reused", Evidence,
+        "The evidence answers a nonce that was answered before: it is old evidence played again.",
+        "Treat the host, or whoever is between, as hostile.";
+    NonceExpired = "nonce-expired", Evidence,
+        "The answer came after the challenge had expired.",
+        "Ask again; look at the load of the host's TPM if it comes back.";
+    ChannelBinding = "channel-binding", Evidence,
+        "The quote was made for another connection than the one it came over.",
+        "Treat whoever ends the connection as a man in the middle.";
+    QualifyingData = "qualifying-data", Evidence,
+        "The quote was not made for this challenge and this statement.",
+        "Treat the host as hostile: statement or nonce path were changed after the quote.";
+    StatementMalformed = "statement-malformed", Evidence,
+        "The host's statement does not have the form that it must have.",
+        "Check that proxy and verifier are of the same release; otherwise treat the host as hostile.";
+    ClockRegression = "clock-regression", Evidence,
+        "The TPM's clock runs behind what it was when the last evidence was accepted.",
+        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+    ResetCountRegression = "reset-count-regression", Evidence,
+        "The TPM's reset counter is lower than it was.",
+        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+    RestartCountRegression = "restart-count-regression", Evidence,
+        "The TPM's restart counter is lower than it was.",
+        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+    PcrSelection = "pcr-selection", Evidence,
+        "The TPM quoted other registers than those asked for.",
+        "Check pcr_vm and pcr_guest in proxy and policy; otherwise treat the host as hostile.";
+    PcrValues = "pcr-values", Evidence,
+        "The register values that came with the quote are not those that the TPM signed.",
+        "Treat the host as hostile.";
+    HostImaMissing = "host-ima-missing", Policy,
+        "The host measures files with IMA, or must, but sent no measurement list.",
+        "Let the proxy read binary_runtime_measurements, or take the host's IMA list out of the policy.";
+    HostImaMalformed = "host-ima-malformed", Evidence,
+        "The host's IMA list cannot be read.",
+        "Look at the host's list with evmctl ima_measurement.";
+    HostImaReplay = "host-ima-replay", Evidence,
+        "No part of the host's IMA list gives the quoted PCR 10.",
+        "Treat the host as hostile, or look whether its kernel takes entries out of the list.";
+    HostImaBootAggregate = "host-ima-boot-aggregate", Evidence,
+        "The boot aggregate in the host's IMA list is not that of the quoted registers.",
+        "Treat the host as hostile: the list belongs to another boot or another TPM.";
+    LogMalformed = "log-malformed", Evidence,
+        "A record of the measurement log cannot be read.",
+        "The log file was damaged or edited; look at the named record on the host.";
+    LogTruncated = "log-truncated", Evidence,
+        "The measurement log ends inside a record.",
+        "The log file was cut; look at the named record on the host.";
+    LogOrder = "log-order", Evidence,
+        "A record of the measurement log is missing, doubled or out of order.",
+        "The log file was edited; look at the named record on the host.";
+    LogDigest = "log-digest", Evidence,
+        "A record's content is not what was hashed for the TPM.",
+        "The record was edited; look at the named record on the host.";
+    LogRegister = "log-register", Evidence,
+        "A record extends a register or banks that are not the log's.",
+        "Check pcr_vm and pcr_guest in proxy and policy; otherwise the log was edited.";
+    LogStart = "log-start", Evidence,
+        "The measurement log does not begin with this host's, this epoch's proxy-start.",
+        "The log is another one, or was edited; look at its first record on the host.";
+    LogLength = "log-length", Evidence,
+        "The measurement log has not as many records as the host states.",
+        "Records were dropped or added; look at the named record on the host.";
+    LogReplay = "log-replay", Evidence,
+        "The measurement log does not replay to the quoted registers.",
+        "The log was edited after it was extended; treat the host as hostile.";
+    ForeignExtend = "foreign-extend", History,
+        "Somebody other than the proxy extended the log's registers.",
+        "Find out which program on the host does so, or choose other registers with pcr_vm and pcr_guest.";
+    LogHistory = "log-history", History,
+        "The log's registers were not empty when the log began, and nothing explains what they held.",
+        "If the boot loader extends them, put their values into the policy's history.";
+    EpochRollback = "epoch-rollback", Evidence,
+        "The log's epoch is older than the one last accepted.",
+        "Somebody put back an old log; treat the host as hostile.";
+    EpochReused = "epoch-reused", Evidence,
+        "The TPM was reset, but the log goes on as if it had not been.",
+        "Somebody extended the old log again after a reboot; treat the host as hostile.";
+    LogRollback = "log-rollback", Evidence,
+        "The log is shorter than, or other than, the part of it that was accepted before.",
+        "Somebody put back or rewrote the log; treat the host as hostile.";
+    LogGap = "log-gap", History,
+        "The log does not cover everything: the proxy says so itself.",
+        "Read the gap's reason; accept_gaps in the policy says which reasons are harmless here.";
+    UnknownEvent = "unknown-event", History,
+        "The log has an event that this verifier does not know.",
+        "Bring the verifier to the proxy's release.";
+    GuestListMissing = "guest-list-missing", Evidence,
+        "The host states a guest's list, but did not send it.",
+        "Look at the proxy's log on the host.";
+    GuestListUnexpected = "guest-list-unexpected", Evidence,
+        "The host sent a guest's list that its statement does not speak of.",
+        "Look at the proxy's log on the host.";
+    GuestListReference = "guest-list-reference", Evidence,
+        "A guest's list refers to an entry that was not sent.",
+        "The list kept by the proxy was damaged or edited.";
+    GuestListAggregate = "guest-list-aggregate", Evidence,
+        "A guest's list is not the one that was recorded in the measurement log.",
+        "The list kept by the proxy was edited; look at the named record.";
+    GuestListCount = "guest-list-count", Evidence,
+        "The numbers of entries in a guest's list, in the log and in the statement differ.",
+        "Entries were dropped or added; look at the named record.";
+    GuestListRollback = "guest-list-rollback", Evidence,
+        "A guest's list is shorter than, or other than, the part of it that was accepted before.",
+        "The list kept by the proxy was put back or edited.";
+    GuestRewind = "guest-rewind", History,
+        "The guest claimed another past than the one that it had told.",
+        "Treat the guest as compromised: stop it and look at it from outside.";
+    GuestOverflow = "guest-overflow", History,
+        "The guest sent more than it may; the rest of its list was not taken.",
+        "Look for a program in the guest that floods IMA, or raise the limit on the host.";
+    VmNotInLog = "vm-not-in-log", Evidence,
+        "The host states a VM that its log does not know, or knows as stopped.",
+        "Treat the host as hostile: its statement and its log disagree.";
+    VmMissing = "vm-missing", Evidence,
+        "By the log a VM runs, but the host's statement leaves it out.",
+        "Treat the host as hostile: it hides a VM.";
+    UnmanagedVm = "unmanaged-vm", Policy,
+        "A QEMU process runs on the host that the proxy does not manage.",
+        "Give that VM a monitor socket in the watched folder, stop it, or allow it with unmanaged in the policy.";
+    HostWithoutPolicy = "host-without-policy", Absence,
+        "There is no policy for this host.",
+        "Propose one with policy learn, read it, and put it in force with policy set.";
+    SoftwareTpm = "software-tpm", Policy,
+        "The host's TPM is software, which its policy does not allow.",
+        "Use a real TPM; a software TPM is no root of trust.";
+    HostRegister = "host-register", Policy,
+        "A register of the host does not hold a value that the policy allows.",
+        "If firmware, boot loader or kernel were updated on purpose, add the new value to the policy.";
+    VmWithoutPolicy = "vm-without-policy", Absence,
+        "No rule of the policy is for this VM.",
+        "Add a rule with its name or UUID to the policy.";
+    VmNotStarted = "vm-not-started", Absence,
+        "The VM has not been started yet.",
+        "Wait, or start it.";
+    VmUnmeasured = "vm-unmeasured", History,
+        "The VM runs, but nothing that it started from was measured.",
+        "Stop the VM and start it through the proxy.";
+    AttachedWhileRunning = "attached-while-running", History,
+        "The VM ran before it was measured: it may have started from something else.",
+        "Start the VM with -S or through the proxy's launch command, or allow it with attach in the policy.";
+    VmRefused = "vm-refused", Policy,
+        "The proxy did not let the VM run.",
+        "Read the reason; repair the named part or the host's references.";
+    ComponentQemuBinary = "component-qemu-binary", Policy,
+        "The program that runs the VM is not one that the policy allows.",
+        "If QEMU was updated on purpose, add its digest to the policy.";
+    ComponentArguments = "component-arguments", Policy,
+        "QEMU's arguments are not those that the policy allows.",
+        "Compare the arguments; if they were changed on purpose, add their digest to the policy.";
+    ComponentArgumentFile = "component-argument-file", Policy,
+        "A file named in QEMU's arguments is not one that the policy allows.",
+        "If the file was changed on purpose, add its digest to the policy.";
+    ComponentKernel = "component-kernel", Policy,
+        "The VM's kernel is not one that the policy allows.",
+        "If the kernel was updated on purpose, add its digest to the policy.";
+    ComponentInitrd = "component-initrd", Policy,
+        "The VM's initial RAM disk is not one that the policy allows.",
+        "If the initrd was updated on purpose, add its digest to the policy.";
+    ComponentKernelCmdline = "component-kernel-cmdline", Policy,
+        "The VM's kernel command line is not one that the policy allows.",
+        "Compare the command lines; if it was changed on purpose, add it to the policy.";
+    ComponentFirmware = "component-firmware", Policy,
+        "The VM's firmware is not one that the policy allows.",
+        "If the firmware was updated on purpose, add its digest to the policy.";
+    ComponentChanged = "component-changed", History,
+        "A part that the VM started from was another one when it was measured again.",
+        "Somebody changed the file under a running VM; start the VM anew from the right one.";
+    ImageMismatch = "image-mismatch", Policy,
+        "A disk image is not one that the policy allows.",
+        "If the image was changed on purpose, add its digest to the policy; otherwise restore it.";
+    ImageUnlisted = "image-unlisted", Policy,
+        "The VM has a disk image that the policy does not speak of.",
+        "Remove the image from the VM, or add its slot to the policy.";
+    ImageMissing = "image-missing", Policy,
+        "The VM lacks a disk image that the policy demands.",
+        "Give the VM the image, or take its slot out of the policy.";
+    ImageDiscontinuity = "image-discontinuity", History,
+        "A disk image was changed while its VM was off.",
+        "Restore the image; if it was changed on purpose, say so with policy accept-image.";
+    ImageUnwatched = "image-unwatched", History,
+        "Nobody saw how a disk image was left by its VM's last run, so that its past is not proven.",
+        "Look at the image; if it is as it should be, say so with policy accept-image.";
+    ConfigChange = "config-change", Policy,
+        "The VM was changed after it had been measured.",
+        "If the change was made on purpose, allow changes in the VM's rule or start the VM anew.";
+    RuntimeMissing = "runtime-missing", Policy,
+        "The policy demands the guest's measurement list, but the guest never sent one.",
+        "See whether the shim runs in the guest and its vsock device is there.";
+    RuntimeStale = "runtime-stale", Absence,
+        "The guest has been silent for too long.",
+        "See whether the guest hangs or its shim was stopped.";
+    ImaMalformed = "ima-malformed", Policy,
+        "An entry of the measurement list cannot be read, or contradicts itself.",
+        "Look at the entry; a compromised kernel may have made it.";
+    ImaViolation = "ima-violation", Policy,
+        "A file was written while it was measured, so that what was read from it is not known.",
+        "If the file is a log or the like, name it in ima_ignore.";
+    ImaUnknownFile = "ima-unknown-file", Policy,
+        "A file was run or read that the policy does not know.",
+        "Find out who brought it; if it belongs there, add it to the policy.";
+    ImaWrongDigest = "ima-wrong-digest", Policy,
+        "A file was run or read that is not what the policy knows under its name.",
+        "If the file was updated on purpose, add its digest to the policy.";
+    VerdictExpired = "verdict-expired", Absence,
+        "The last verdict is too old to be relied on.",
+        "Ask the host again.";
+    Unreachable = "unreachable", Absence,
+        "The host's proxy cannot be reached.",
+        "See whether host, network and proxy are up, and whether the URL is right.";
+    TlsRefused = "tls-refused", Absence,
+        "No connection that both sides trust could be made with the host's proxy.",
+        "Check that the enrolled certificate is the proxy's and that the proxy knows this verifier's.";
+    ProxyError = "proxy-error", Absence,
+        "The host's proxy did not answer with evidence.",
+        "Read its answer and the proxy's log on the host.";
+    VerifierFault = "verifier-fault", Absence,
+        "The verifier itself failed; this says nothing about the host.",
+        "Read the verifier's log.";
+}
+
+impl std::fmt::Display for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Serialize for Code {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for Code {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        let known = Self::ALL.iter().copied().find(|code| code.as_str() == text);
+        known.ok_or_else(|| serde::de::Error::custom(format_args!("unknown finding code {text}")))
+    }
+}
+
+/// One thing found wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Which.
+    pub code: Code,
+    /// What caused it: a record, a register, an image's slot, a path in a guest. May hold what a guest chose:
+    /// escape it before a terminal sees it.
+    pub item: String,
+    /// What the code means.
+    pub meaning: String,
+    /// What to do.
+    pub advice: String,
+    /// What should have been there, for people.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expected: Option<String>,
+    /// What was there, for people.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub actual: Option<String>,
+}
+
+impl Finding {
+    /// A finding about `item`.
+    #[must_use]
+    pub fn new(code: Code, item: impl Into<String>) -> Self {
+        Self {
+            code,
+            item: item.into(),
+            meaning: code.meaning().to_owned(),
+            advice: code.advice().to_owned(),
+            expected: None,
+            actual: None,
+        }
+    }
+
+    /// Adds what should have been there.
+    #[must_use]
+    pub fn expected(mut self, expected: impl ToString) -> Self {
+        self.expected = Some(expected.to_string());
+        self
+    }
+
+    /// Adds what was there.
+    #[must_use]
+    pub fn actual(mut self, actual: impl ToString) -> Self {
+        self.actual = Some(actual.to_string());
+        self
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_words_of_their_own() {
+        let words: BTreeSet<_> = Code::ALL.iter().map(|code| code.as_str()).collect();
+        assert_eq!(words.len(), Code::ALL.len());
+        for code in Code::ALL {
+            assert!(code.as_str().bytes().all(|c| c.is_ascii_lowercase() || c == b'-'), "{code}");
+            assert!(code.meaning().ends_with('.') && code.advice().ends_with('.'), "{code}");
+            let json = serde_json::to_string(code).unwrap();
+            assert_eq!(serde_json::from_str::<Code>(&json).unwrap(), *code);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Reading policies: strict, with the place of every mistake.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer};
+
+use onequote_evidence::pcr::PCR_COUNT;
+
+use super::{AllowList, Allowed, Pcr, Policy, Reference};
+
+/// The longest policy or allow-list file in bytes.
+const MAX_FILE: u64 = 256 * 1024 * 1024;
+
+/// A policy that cannot be put in force.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// It cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not TOML, or has unknown or wrong keys.
+    #[error("{path}: {message}")]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Line, column, key and what is wrong.
+        message: String,
+    },
+    /// It contradicts itself.
+    #[error("{path}: {rule}: {why}")]
+    Rule {
+        /// The file.
+        path: PathBuf,
+        /// Which rule.
+        rule: String,
+        /// What is wrong and what to write.
+        why: &'static str,
+    },
+}
+
+impl Policy {
+    /// Reads a policy file and the files that it names.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    pub fn load(path: &Path) -> Result<(Self, String), PolicyError> {
+        let text = read(path)?;
+        let (policy, text) = Self::parse_with_files(&text, path)?;
+        Ok((policy, text))
+    }
+
+    /// Reads a policy that names no other file: as the store holds it.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    pub fn parse(text: &str, name: &str) -> Result<Self, PolicyError> {
+        let policy: Self = toml::from_str(text).map_err(|e| located(Path::new(name), &e))?;
+        policy.check(Path::new(name))?;
+        if policy.names_files() {
+            let why = "ima_file names another file: take its content in under ima";
+            return Err(PolicyError::Rule { path: name.into(), rule: "ima_file".into(), why });
+        }
+        Ok(policy)
+    }
+
+    /// Reads a policy and takes its `ima_file`s in: the second value is a text that needs no other file.
+    fn parse_with_files(text: &str, path: &Path) -> Result<(Self, String), PolicyError> {
+        let policy: Self = toml::from_str(text).map_err(|e| located(path, &e))?;
+        policy.check(path)?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| located(path, &e))?;
+        if let Some(host) = table.get_mut("host").and_then(toml::Value::as_table_mut) {
+            take_in(host, folder)?;
+        }
+        for vm in table.get_mut("vm").and_then(toml::Value::as_array_mut).into_iter().flatten() {
+            if let Some(vm) = vm.as_table_mut() {
+                take_in(vm, folder)?;
+            }
+        }
+        if !policy.names_files() {
+            return Ok((policy, text.to_owned()));
+        }
+        let whole = table.to_string();
+        Ok((Self::parse(&whole, &path.display().to_string())?, whole))
+    }
+
+    fn names_files(&self) -> bool {
+        self.host.ima_file.is_some() || self.vms.iter().any(|vm| vm.ima_file.is_some())
+    }
+
+    fn check(&self, path: &Path) -> Result<(), PolicyError> {
+        let fail = |rule: String, why| Err(PolicyError::Rule { path: path.to_owned(), rule, why });
+        let host = &self.host;
+        if host.pcr_vm == host.pcr_guest || host.pcr_vm >= PCR_COUNT || host.pcr_guest >= PCR_COUNT {
+            return fail("host".into(), "pcr_vm and pcr_guest must be two registers below 24");
+        }
+        for (i, vm) in self.vms.iter().enumerate() {
+            let rule = format!("vm rule {}", i + 1);
+            if vm.name.is_some() == vm.uuid.is_some() {
+                return fail(rule, "give either name or uuid");
+            }
+            for (slot, image) in &vm.images {
+                if image.digests.is_empty() && !image.continuity {
+                    return fail(format!("{rule}, image {slot}"), "give digests, or continuity = true");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Replaces `ima_file` by the file's content under `ima`.
+fn take_in(rule: &mut toml::Table, folder: &Path) -> Result<(), PolicyError> {
+    let Some(toml::Value::String(name)) = rule.remove("ima_file") else { return Ok(()) };
+    let path = folder.join(name);
+    let text = read(&path)?;
+    // Read as an allow list first, so that a mistake is told with that file's name and line.
+    let _: AllowList = toml::from_str(&text).map_err(|e| located(&path, &e))?;
+    let more: toml::Table = toml::from_str(&text).map_err(|e| located(&path, &e))?;
+    let ima = rule.entry("ima").or_insert_with(|| toml::Value::Table(toml::Table::new()));
+    for (file, digests) in more {
+        let Some(ima) = ima.as_table_mut() else { continue };
+        match (ima.get_mut(&file).and_then(toml::Value::as_array_mut), digests) {
+            (Some(there), toml::Value::Array(new)) => there.extend(new),
+            (_, digests) => {
+                ima.insert(file, digests);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String, PolicyError> {
+    let fail = |source| PolicyError::Read { path: path.to_owned(), source };
+    let size = std::fs::metadata(path).map_err(fail)?.len();
+    if size > MAX_FILE {
+        return Err(fail(std::io::Error::other(format!("larger than {MAX_FILE} bytes"))));
+    }
+    std::fs::read_to_string(path).map_err(fail)
+}
+
+fn located(path: &Path, e: &toml::de::Error) -> PolicyError {
+    PolicyError::Toml { path: path.to_owned(), message: e.to_string().trim_end().to_owned() }
+}
+
+impl TryFrom<String> for Pcr {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let pcr = text.parse().ok().filter(|&pcr: &u8| pcr < PCR_COUNT);
+        pcr.map(Self).ok_or_else(|| format!("{text:?} is not a register: give a number from 0 to 23 in quotes"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Allowed {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a list of digests, or \"any\"")]
+        enum Form {
+            Word(String),
+            List(Vec<String>),
+        }
+        match Form::deserialize(d)? {
+            Form::Word(word) if word == "any" => Ok(Self::Any),
+            Form::Word(word) => Err(serde::de::Error::custom(format_args!("{word:?}: give a list, or \"any\""))),
+            Form::List(list) => {
+                for text in &list {
+                    let digest_like = text.starts_with("sha256:") || text.starts_with("fs-verity:");
+                    if digest_like && text.parse::<onequote_evidence::digest::FileDigest>().is_err() {
+                        return Err(serde::de::Error::custom(format_args!("{text:?} is not a whole digest")));
+                    }
+                }
+                Ok(Self::Digests(list.iter().map(|text| Reference::parse(text)).collect()))
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Strictness, and what rules mean.
+
+use super::*;
+
+const D1: &str = "sha256:1111111111111111111111111111111111111111111111111111111111111111";
+
+fn error(text: &str) -> String {
+    Policy::parse(text, "p.toml").unwrap_err().to_string()
+}
+
+#[test]
+fn a_whole_policy() {
+    let text = format!(
+        r#"
+[host]
+registers = {{ "0" = "{zero}", "7" = ["{zero}"] }}
+accept_gaps = ["proxy-down"]
+[[vm]]
+name = "web-?"
+kernel = ["{D1}"]
+kernel_cmdline = ["console=ttyS0"]
+firmware = "any"
+runtime = "required"
+[vm.images]
+disk0 = {{ continuity = true }}
+"disk0/1" = {{ digests = ["{D1}"] }}
+[vm.ima]
+"/bin/sh" = ["{D1}"]
+[[vm]]
+uuid = "00000000-0000-0000-0000-000000000001"
+"#,
+        zero = Sha256::ZERO
+    );
+    let policy = Policy::parse(&text, "p.toml").unwrap();
+    assert!(policy.host.accept_gaps.contains(&GapReason::ProxyDown));
+    let id: VmId = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+    let other: VmId = "00000000-0000-0000-0000-000000000002".parse().unwrap();
+    assert_eq!(policy.rule("web-1", id).unwrap().0, 0);
+    assert_eq!(policy.rule("db", id).unwrap().0, 1);
+    assert!(policy.rule("web-12", other).is_none());
+    let rule = &policy.vms[0];
+    assert_eq!(rule.allowed(Role::Firmware), &Allowed::Any);
+    assert_eq!(rule.allowed(Role::Initrd), &Allowed::Digests(Vec::new()));
+    let Allowed::Digests(lines) = rule.allowed(Role::KernelCmdline) else { panic!("a list") };
+    assert_eq!(lines[0].digest, FileDigest::sha256(sha256(&[b"console=ttyS0"])));
+    let ima = rule.ima.as_ref().unwrap();
+    assert_eq!(ima.judge(b"/bin/sh", "sha256", &[0x11; 32]), Judgement::Allowed);
+    assert!(matches!(ima.judge(b"/bin/sh", "sha1", &[0x11; 20]), Judgement::WrongDigest(_)));
+    assert_eq!(ima.judge(b"/tmp/sh", "sha256", &[0x11; 32]), Judgement::UnknownFile(Some(b"/bin/sh")));
+}
+
+#[test]
+fn mistakes_are_told_with_their_place() {
+    let e = error("[host]\nregistres = {}\n");
+    assert!(e.contains("p.toml") && e.contains("registres") && e.contains("line 2"), "{e}");
+    let e = error("[[vm]]\nname = \"a\"\nkernel = [\"sha256:12\"]\n");
+    assert!(e.contains("sha256:12") && e.contains("line 3"), "{e}");
+    assert!(error("[[vm]]\nkernel = \"any\"\n").contains("either name or uuid"));
+    assert!(error("[host]\nregisters = { \"24\" = \"00\" }\n").contains("24"));
+    assert!(error("[host]\npcr_vm = 13\n").contains("two registers"));
+    assert!(error("[[vm]]\nname = \"a\"\nimages = { d = {} }\n").contains("continuity"));
+    assert!(error("[[vm]]\nname = \"a\"\nruntime = \"maybe\"\n").contains("maybe"));
+    assert!(error("[[vm]]\nname = \"a\"\n[vm.ima]\n\"/x\" = [\"zz\"]\n").contains("zz"));
+}
+
+#[test]
+fn allow_lists_come_from_files_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.toml");
+    std::fs::write(dir.path().join("web.toml"), format!("\"/bin/a\" = [\"{D1}\"]\n")).unwrap();
+    std::fs::write(&path, "[[vm]]\nname = \"a\"\nima_file = \"web.toml\"\n").unwrap();
+    let (policy, text) = Policy::load(&path).unwrap();
+    assert_eq!(policy.vms[0].ima.as_ref().unwrap().len(), 1);
+    assert_eq!(Policy::parse(&text, "stored").unwrap().vms[0].ima.as_ref().unwrap().len(), 1);
+    std::fs::write(dir.path().join("web.toml"), "x = 1").unwrap();
+    assert!(Policy::load(&path).unwrap_err().to_string().contains("web.toml"));
+    std::fs::write(&path, "[[vm]]\nname = \"a\"\nima_file = \"none.toml\"\n").unwrap();
+    assert!(Policy::load(&path).unwrap_err().to_string().contains("none.toml"));
+}
+
+#[test]
+fn patterns() {
+    for (pattern, text, fits) in [
+        ("*", "", true),
+        ("a*b", "ab", true),
+        ("a*b", "axxbxb", true),
+        ("a*b", "axxbx", false),
+        ("?", "", false),
+        ("/var/*", "/var/log/x", true),
+        ("web", "web1", false),
+    ] {
+        assert_eq!(Pattern(pattern.into()).fits(text), fits, "{pattern} {text}");
+    }
+}
