@@ -165,13 +165,16 @@ fn find(folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<Option<PathBuf>>
 /// The static busybox, from its package.
 pub(crate) fn busybox(cache: &Cache) -> Result<PathBuf> {
     let package = Package::candidate("busybox-static")?;
-    let key = Key::new(1).text(&package.name).text(&package.version);
+    let key = Key::new(2).text(&package.name).text(&package.version);
     let place = cache.entry("guest-busybox", &key, |folder| {
         let scratch = folder.join("scratch");
         let root = scratch.join("root");
         fs::create_dir_all(&root)?;
         package.unpack(&scratch, &root)?;
-        let file = find(&root, &|name| name == "busybox")?
+        let file = ["usr/bin/busybox", "bin/busybox"]
+            .map(|path| root.join(path))
+            .into_iter()
+            .find(|file| file.is_file())
             .context("package busybox-static has no busybox")?;
         fs::copy(file, folder.join("busybox"))?;
         fs::remove_dir_all(&scratch)?;
