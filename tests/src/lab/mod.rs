@@ -1,0 +1,40 @@
+//! The lab: real QEMU, real TPM stack, real guests, for end-to-end tests, benches and the demo.
+//!
+//! A [`World`] is one host: a folder of its own, a software TPM, a proxy, a verifier, and VMs. Everything it
+//! starts is a child process in a process group of its own, dies with the world (also when the test panics or
+//! is killed), and writes to a log file in the world's folder, shown when the test fails.
+//!
+//! What guests are made of is built once from Debian's packages and kept in the user's cache folder
+//! ([`Assets`]); no step of that needs root.
+//!
+//! Nothing here sleeps to wait: [`wait::until`] polls a condition and names what never came.
+//!
+//! Errors are `anyhow`'s, although this is a library: nobody handles them, people read them.
+
+mod assets;
+mod cache;
+mod command;
+mod console;
+mod image;
+mod machine;
+mod process;
+mod proxy;
+mod qmp;
+mod report;
+mod tpm;
+mod verifier;
+mod vm;
+mod vsock;
+pub mod wait;
+mod world;
+
+pub use assets::Assets;
+pub use console::{Answer, Console};
+pub use machine::Machine;
+pub use process::Process;
+pub use proxy::ProxySettings;
+pub use qmp::Qmp;
+pub use tpm::{Tpm, TpmCommand};
+pub use verifier::Run;
+pub use vm::{Vm, VmSpec};
+pub use world::{Options, World};

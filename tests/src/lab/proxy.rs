@@ -1,0 +1,145 @@
+//! The proxy of a world: its configuration, its life, its commands.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use super::process::Process;
+use super::verifier::Run;
+use super::wait;
+use super::world::World;
+
+/// What a test may want otherwise in the proxy's configuration. Takes effect at the next start.
+#[derive(Debug, Clone, Default)]
+pub struct ProxySettings {
+    /// Reference file: a VM that does not match it is not let go.
+    pub enforce: Option<PathBuf>,
+    /// Further lines at the head of the configuration, before its tables.
+    pub head: String,
+    /// Further tables.
+    pub tables: String,
+    /// Environment of the process.
+    pub environment: Vec<(String, String)>,
+    /// The certificate of a verifier that may ask.
+    pub(crate) verifier: Option<PathBuf>,
+}
+
+impl World {
+    /// The proxy's settings.
+    pub fn settings(&mut self) -> &mut ProxySettings {
+        &mut self.settings
+    }
+
+    /// The proxy's configuration file.
+    #[must_use]
+    pub fn proxy_config(&self) -> PathBuf {
+        self.folder().join("proxy.toml")
+    }
+
+    /// The proxy's state folder.
+    #[must_use]
+    pub fn proxy_state(&self) -> PathBuf {
+        self.folder().join("proxy")
+    }
+
+    /// Writes the proxy's configuration as the settings have it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_proxy_config(&self) -> Result<()> {
+        let mut text = format!(
+            "host_id = {:?}\nstate_dir = {:?}\nrun_dir = {:?}\nlisten = \"127.0.0.1:0\"\n{}\n",
+            Self::HOST,
+            self.proxy_state(),
+            self.folder().join("run"),
+            self.settings.head,
+        );
+        text += &format!("\n[tpm]\ntcti = {:?}\n", self.tcti());
+        if let Some(references) = &self.settings.enforce {
+            text += &format!("\n[enforce]\nreferences = {references:?}\n");
+        }
+        if let Some(certificate) = &self.settings.verifier {
+            text += &format!("\n[[verifiers]]\nname = \"lab\"\ncertificate = {certificate:?}\n");
+        }
+        text += &self.settings.tables;
+        fs::write(self.proxy_config(), text)?;
+        Ok(())
+    }
+
+    /// Runs a command of the proxy to its end: `init`, `status --json`, `log --json`, `measure FILE`, …
+    ///
+    /// # Errors
+    /// It cannot be started. Its exit code is in the result.
+    pub fn proxy_command(&self, arguments: &[&str]) -> Result<Run> {
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).args(arguments);
+        Run::of(&mut command)
+    }
+
+    /// Starts the proxy and waits until it listens.
+    ///
+    /// # Errors
+    /// It ends, or does not listen in time.
+    pub fn start_proxy(&mut self) -> Result<()> {
+        self.spawn_proxy()?;
+        self.wait_proxy_up()
+    }
+
+    /// Starts the proxy without waiting for it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn_proxy(&mut self) -> Result<()> {
+        self.write_proxy_config()?;
+        let _ = fs::remove_file(self.proxy_state().join("listen.addr"));
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).arg("run");
+        command.envs(self.settings.environment.iter().map(|(key, value)| (key, value)));
+        let log = self.folder().join("log/proxy.log");
+        self.proxy = Some(Process::spawn("onequote-proxy", &command, &log, self.options.keep)?);
+        Ok(())
+    }
+
+    /// Waits until the started proxy listens.
+    ///
+    /// # Errors
+    /// It ends, or does not listen in time.
+    pub fn wait_proxy_up(&mut self) -> Result<()> {
+        let address = self.proxy_state().join("listen.addr");
+        let proxy = self.proxy()?;
+        wait::for_true("the proxy to listen", Duration::from_secs(60), || {
+            proxy.check_alive()?;
+            Ok(fs::metadata(&address).is_ok_and(|data| data.len() > 0))
+        })
+    }
+
+    /// The running proxy.
+    ///
+    /// # Errors
+    /// It was not started.
+    pub fn proxy(&mut self) -> Result<&mut Process> {
+        self.proxy.as_mut().context("the proxy was not started")
+    }
+
+    /// `https://` and where the proxy listens.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn proxy_url(&self) -> Result<String> {
+        let address = fs::read_to_string(self.proxy_state().join("listen.addr"))
+            .context("the proxy does not say where it listens")?;
+        Ok(format!("https://{}", address.trim()))
+    }
+
+    /// The proxy's `status --json`.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn proxy_status(&self) -> Result<Value> {
+        self.proxy_command(&["status", "--json"])?.json()
+    }
+}

@@ -1,0 +1,162 @@
+//! A software TPM (swtpm), and the count of the commands that it was given.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::{process::Process, wait};
+
+/// A TPM command code (TPM 2.0 Library Part 2, `TPM_CC`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TpmCommand(pub u32);
+
+impl TpmCommand {
+    /// `TPM2_Quote`.
+    pub const QUOTE: Self = Self(0x158);
+    /// `TPM2_PCR_Extend`.
+    pub const PCR_EXTEND: Self = Self(0x182);
+}
+
+/// One software TPM with its state folder.
+#[derive(Debug)]
+pub struct Tpm {
+    folder: PathBuf,
+    process: Process,
+    detached: bool,
+    count: bool,
+}
+
+impl Tpm {
+    /// Starts a TPM with state, sockets and log in `folder`. With `count` it logs every command.
+    ///
+    /// # Errors
+    /// swtpm is missing or does not start.
+    pub fn start(folder: &Path, detached: bool, count: bool) -> Result<Self> {
+        fs::create_dir_all(folder.join("state"))?;
+        let process = spawn(folder, detached, count)?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            process,
+            detached,
+            count,
+        })
+    }
+
+    /// The TCTI by which the proxy and tpm2-tools reach it.
+    #[must_use]
+    pub fn tcti(&self) -> String {
+        format!("swtpm:path={}", self.folder.join("tpm").display())
+    }
+
+    /// How often `command` was given since the TPM was first started.
+    ///
+    /// # Errors
+    /// The TPM's log cannot be read.
+    pub fn commands(&self, command: TpmCommand) -> Result<u64> {
+        Ok(self.all_commands()?.get(&command).copied().unwrap_or(0))
+    }
+
+    /// How many quotes it made.
+    ///
+    /// # Errors
+    /// As [`Self::commands`].
+    pub fn quotes(&self) -> Result<u64> {
+        self.commands(TpmCommand::QUOTE)
+    }
+
+    /// Every command with its count.
+    ///
+    /// # Errors
+    /// The TPM's log cannot be read.
+    pub fn all_commands(&self) -> Result<BTreeMap<TpmCommand, u64>> {
+        let log = fs::read(self.folder.join("commands.log")).context("the TPM's log is gone")?;
+        Ok(count(&String::from_utf8_lossy(&log)))
+    }
+
+    /// Kills the TPM, as when it dies in the middle.
+    ///
+    /// # Errors
+    /// It does not go.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Stops the TPM and starts it again with the same state, as a reboot of the host does: its PCRs start anew and its
+    /// reset count rises.
+    ///
+    /// # Errors
+    /// It does not go or come.
+    pub fn reset(&mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process = spawn(&self.folder, self.detached, self.count)?;
+        Ok(())
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+fn spawn(folder: &Path, detached: bool, count: bool) -> Result<Process> {
+    for socket in ["tpm", "tpm.ctrl"] {
+        let _ = fs::remove_file(folder.join(socket));
+    }
+    let mut command = Command::new("swtpm");
+    command
+        .args(["socket", "--tpm2", "--tpmstate", "dir=state"])
+        .args(["--server", "type=unixio,path=tpm", "--ctrl", "type=unixio,path=tpm.ctrl"])
+        .args(["--flags", "not-need-init,startup-clear"])
+        .current_dir(folder);
+    if count {
+        command.args(["--log", "file=commands.log,level=20"]);
+    }
+    let mut process = Process::spawn("swtpm", &command, &folder.join("swtpm.log"), detached)
+        .context("is the package swtpm installed?")?;
+    wait::for_true("the TPM's sockets", Duration::from_secs(20), || {
+        process.check_alive()?;
+        Ok(folder.join("tpm").exists() && folder.join("tpm.ctrl").exists())
+    })?;
+    Ok(process)
+}
+
+/// Counts commands in swtpm's log: the line after "SWTPM_IO_Read" begins with the command's header (tag u16, size u32,
+/// code u32, big-endian, in hex).
+fn count(log: &str) -> BTreeMap<TpmCommand, u64> {
+    let mut counts = BTreeMap::new();
+    let mut lines = log.lines();
+    while let Some(line) = lines.next() {
+        if !line.contains("SWTPM_IO_Read:") {
+            continue;
+        }
+        let digits: String = lines
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .skip(6)
+            .take(4)
+            .collect();
+        if let Ok(code) = u32::from_str_radix(&digits, 16) {
+            *counts.entry(TpmCommand(code)).or_default() += 1;
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_counted_and_answers_are_not() {
+        let log = " SWTPM_IO_Read: length 22\n 80 01 00 00 00 16 00 00 01 7A 00 00\n 00\n SWTPM_IO_Write: length 43\n 80 01 00 00 00 2B 00 00 00 00\n SWTPM_IO_Read: length 65\n 80 02 00 00 00 41 00 00 01 82 00\n";
+        let counts = count(log);
+        assert_eq!(counts.len(), 2);
+        assert_eq!(counts[&TpmCommand::PCR_EXTEND], 1);
+    }
+}

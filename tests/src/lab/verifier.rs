@@ -1,0 +1,125 @@
+//! The verifier of a world, by its command line.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::world::World;
+
+/// What a command that ran to its end left.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// The command, for messages.
+    pub command: String,
+    /// Exit code; -1 when a signal ended it.
+    pub code: i32,
+    /// Standard output.
+    pub output: String,
+    /// Standard error.
+    pub errors: String,
+}
+
+impl Run {
+    pub(crate) fn of(command: &mut Command) -> Result<Self> {
+        let shown = format!("{command:?}");
+        let output = command.output().with_context(|| format!("cannot start {shown}"))?;
+        Ok(Self {
+            command: shown,
+            code: output.status.code().unwrap_or(-1),
+            output: String::from_utf8_lossy(&output.stdout).into_owned(),
+            errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Passes on a run that ended with 0.
+    ///
+    /// # Errors
+    /// It ended with something else; the text has what it said.
+    pub fn success(self) -> Result<Self> {
+        match self.code {
+            0 => Ok(self),
+            code => bail!("{} ended with {code}: {}{}", self.command, self.errors, self.output),
+        }
+    }
+
+    /// Standard output as JSON, whatever the exit code.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.output).with_context(|| {
+            format!("{} (exit code {}) gave no JSON: {}{}", self.command, self.code, self.errors, self.output)
+        })
+    }
+}
+
+impl World {
+    /// The verifier's state folder.
+    #[must_use]
+    pub fn verifier_state(&self) -> PathBuf {
+        self.folder().join("verifier")
+    }
+
+    /// Runs a command of the verifier to its end.
+    ///
+    /// # Errors
+    /// It cannot be started. Its exit code is in the result.
+    pub fn verifier(&self, arguments: &[&str]) -> Result<Run> {
+        let mut command = Command::new(&self.assets().verifier);
+        command.arg("--state").arg(self.verifier_state()).args(arguments);
+        Run::of(&mut command)
+    }
+
+    /// Makes the identities of proxy and verifier, starts the proxy, and enrols the host.
+    ///
+    /// # Errors
+    /// One of these steps fails.
+    pub fn start_enrolled(&mut self) -> Result<()> {
+        self.verifier(&["init"])?.success()?;
+        self.settings.verifier = Some(self.verifier_state().join("identity.pem"));
+        self.write_proxy_config()?;
+        self.proxy_command(&["init"])?.success()?;
+        self.start_proxy()?;
+        self.enrol()
+    }
+
+    /// Enrols the host at the verifier as the proxy is now: with its address, key and certificate.
+    ///
+    /// # Errors
+    /// The verifier refuses.
+    pub fn enrol(&mut self) -> Result<()> {
+        let url = self.proxy_url()?;
+        let (key, certificate) =
+            (self.proxy_state().join("ak.pub"), self.proxy_state().join("identity.pem"));
+        let (key, certificate) = (key.to_string_lossy(), certificate.to_string_lossy());
+        let mut arguments = vec!["enrol", Self::HOST, "--ak", &key, "--certificate", &certificate];
+        arguments.extend(["--url", &url]);
+        if self.tpm.is_some() {
+            arguments.push("--software-tpm");
+        }
+        self.verifier(&arguments)?.success()?;
+        Ok(())
+    }
+
+    /// Takes the host's and VMs' state now for good: learns a policy and puts it in force. Returns its file.
+    ///
+    /// # Errors
+    /// The verifier cannot ask the host, or refuses.
+    pub fn learn_policy(&self) -> Result<PathBuf> {
+        let file = self.folder().join("policy.toml");
+        let path = file.to_string_lossy();
+        self.verifier(&["policy", "learn", Self::HOST, "-o", &path])?.success()?;
+        self.verifier(&["policy", "set", Self::HOST, &path])?.success()?;
+        Ok(file)
+    }
+
+    /// Asks the host once: `attest HOST --json`. The exit code says whether all is trusted.
+    ///
+    /// # Errors
+    /// The verifier cannot be started.
+    pub fn attest(&self) -> Result<Run> {
+        self.verifier(&["attest", Self::HOST, "--json"])
+    }
+}

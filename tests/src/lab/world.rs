@@ -1,0 +1,262 @@
+//! One host and its verifier, in a folder of their own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use super::assets::Assets;
+use super::process::Process;
+use super::proxy::ProxySettings;
+use super::tpm::Tpm;
+use super::vm::{Vm, VmSpec};
+use super::{report, wait};
+
+/// How a world differs from the usual one of a test.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Leave processes and folder in place when the value goes.
+    pub keep: bool,
+    /// TCTI of a TPM that is there already (`device:/dev/tpmrm0`) instead of a software TPM of its own.
+    pub tcti: Option<String>,
+    /// Don't count the TPM's commands: for benches.
+    pub no_count: bool,
+}
+
+/// A host with its TPM, proxy and VMs, and a verifier.
+///
+/// Folder layout: `tpm/`, `proxy/` (state), `proxy.toml`, `run/vms/` (monitors), `vm/NAME/`, `verifier/` (state), `log/`.
+#[derive(Debug)]
+pub struct World {
+    // Order matters: VMs go before the proxy, the proxy before the TPM, the folder last.
+    pub(crate) vms: Vec<Vm>,
+    pub(crate) proxy: Option<Process>,
+    pub(crate) tpm: Option<Tpm>,
+    pub(crate) settings: ProxySettings,
+    pub(crate) options: Options,
+    assets: &'static Assets,
+    folder: Option<tempfile::TempDir>,
+    path: PathBuf,
+}
+
+impl World {
+    /// The host's id in every world.
+    pub const HOST: &'static str = "lab-host";
+
+    /// A world with a running software TPM and nothing else.
+    ///
+    /// # Errors
+    /// A guest part cannot be built, or the TPM does not start.
+    pub fn new() -> Result<Self> {
+        Self::with(Options::default())
+    }
+
+    /// As [`Self::new`], with options.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(options: Options) -> Result<Self> {
+        let assets = Assets::prepare()?;
+        // Short, whatever TMPDIR is: a Unix socket's path has 108 bytes at most.
+        let folder = tempfile::Builder::new().prefix("oq-").tempdir_in("/tmp")?;
+        let path = folder.path().to_owned();
+        for part in ["tpm", "proxy", "run/vms", "vm", "verifier", "log"] {
+            fs::create_dir_all(path.join(part))?;
+        }
+        let tpm = match options.tcti {
+            Some(_) => None,
+            None => Some(Tpm::start(&path.join("tpm"), options.keep, !options.no_count)?),
+        };
+        Ok(Self {
+            vms: Vec::new(),
+            proxy: None,
+            tpm,
+            settings: ProxySettings::default(),
+            options,
+            assets,
+            folder: Some(folder),
+            path,
+        })
+    }
+
+    /// Runs a test in a world of its own: when it fails or panics, every log of the world is printed.
+    ///
+    /// # Panics
+    /// The test failed.
+    #[allow(clippy::panic)]
+    pub fn test(test: impl FnOnce(&mut Self) -> Result<()>) {
+        let mut world = match Self::new() {
+            Ok(world) => world,
+            Err(error) => panic!("no world for this test: {error:#}"),
+        };
+        if let Err(error) = test(&mut world) {
+            // Panicking is how a test fails; the world prints its logs while it goes.
+            panic!("{error:#}");
+        }
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder of monitors that the proxy watches.
+    #[must_use]
+    pub fn monitors(&self) -> PathBuf {
+        self.path.join("run/vms")
+    }
+
+    /// What guests and host are made of.
+    #[must_use]
+    pub fn assets(&self) -> &'static Assets {
+        self.assets
+    }
+
+    /// The software TPM.
+    ///
+    /// # Errors
+    /// This world uses another TPM.
+    pub fn tpm(&mut self) -> Result<&mut Tpm> {
+        self.tpm.as_mut().context("this world has no TPM of its own")
+    }
+
+    /// The TCTI of the world's TPM.
+    #[must_use]
+    pub fn tcti(&self) -> String {
+        match (&self.options.tcti, &self.tpm) {
+            (Some(tcti), _) => tcti.clone(),
+            (None, Some(tpm)) => tpm.tcti(),
+            (None, None) => String::new(),
+        }
+    }
+
+    /// Makes a VM, not started.
+    ///
+    /// # Errors
+    /// Its folder cannot be filled.
+    pub fn add_vm(&mut self, spec: VmSpec) -> Result<&mut Vm> {
+        let folder = self.path.join("vm").join(&spec.name);
+        let vm = Vm::install(spec, folder, self.monitors(), self.assets, self.options.keep)?;
+        self.vms.push(vm);
+        self.vms.last_mut().context("a VM was just added")
+    }
+
+    /// The VM called `name`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn vm(&mut self, name: &str) -> Result<&mut Vm> {
+        self.vms
+            .iter_mut()
+            .find(|vm| vm.name() == name)
+            .with_context(|| format!("no VM {name} in this world"))
+    }
+
+    /// All VMs.
+    pub fn vms(&mut self) -> &mut [Vm] {
+        &mut self.vms
+    }
+
+    /// Waits until every VM's guest is ready.
+    ///
+    /// # Errors
+    /// One of them isn't in time.
+    pub fn wait_all_ready(&mut self) -> Result<()> {
+        for vm in &mut self.vms {
+            vm.wait_ready()?;
+        }
+        Ok(())
+    }
+
+    /// The process ids of all that runs here, first those to be ended first.
+    #[must_use]
+    pub fn process_ids(&mut self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.vms.iter().flat_map(Vm::processes).map(Process::id).collect();
+        ids.extend(self.proxy.as_ref().map(Process::id));
+        ids.extend(self.tpm.as_mut().map(|tpm| tpm.process().id()));
+        ids
+    }
+
+    /// Waits for a condition on this world, with the proxy's life as part of it.
+    ///
+    /// # Errors
+    /// The proxy ends, the condition fails, or `limit` passes.
+    pub fn wait_until<T>(
+        &mut self,
+        what: &str,
+        limit: std::time::Duration,
+        mut condition: impl FnMut(&mut Self) -> Result<Option<T>>,
+    ) -> Result<T> {
+        wait::until(what, limit, || {
+            if let Some(proxy) = &mut self.proxy {
+                proxy.check_alive()?;
+            }
+            condition(self)
+        })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            report::print_logs(&self.path);
+        }
+        if self.options.keep
+            && let Some(folder) = self.folder.take()
+        {
+            let _ = folder.keep();
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::lab::{Machine, TpmCommand};
+
+    /// Each configuration boots by `-readconfig`, waits for its release, and takes commands.
+    #[test]
+    fn vm_guests_of_all_configurations_boot_and_answer() {
+        World::test(|world| {
+            for machine in Machine::ALL {
+                let vm = world.add_vm(VmSpec::new(machine.name(), machine))?;
+                vm.start()?;
+                vm.release()?;
+            }
+            for machine in Machine::ALL {
+                let vm = world.vm(machine.name())?;
+                let time = vm.wait_ready()?;
+                eprintln!("{} ready after {:.1} s", machine.name(), time.as_secs_f32());
+                assert_eq!(vm.run("/disk/bin/hello lab")?, "hello lab\n");
+                let before = vm.ima_list()?;
+                vm.write_program("/disk/bin/new", "echo new\\necho program")?;
+                assert_eq!(vm.run("/disk/bin/new")?, "new\nprogram\n");
+                let after = vm.ima_list()?;
+                assert!(after.starts_with(&before) && after.len() > before.len());
+                assert!(String::from_utf8_lossy(&after).contains("/disk/bin/new\0"));
+            }
+            world.vm("q35")?.reboot()?;
+            for machine in Machine::ALL {
+                assert!(world.vm(machine.name())?.power_off()?.success());
+            }
+            assert_eq!(world.tpm()?.commands(TpmCommand::QUOTE)?, 0);
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn vm_folders_are_their_own() {
+        World::test(|world| {
+            let untouched = fs::read(&world.assets().initrd)?;
+            let vm = world.add_vm(VmSpec::new("one", Machine::Q35))?;
+            vm.flip_byte("initrd", None)?;
+            let changed = fs::read(vm.folder().join("initrd"))?;
+            assert_eq!(changed.len(), untouched.len());
+            assert_ne!(changed, untouched);
+            assert_eq!(fs::read(&world.assets().initrd)?, untouched);
+            Ok(())
+        });
+    }
+}
