@@ -58,8 +58,7 @@ enum Happens {
 
 impl World {
     fn new() -> Self {
-        let world =
-            Self { chip: FakeChip::new(&BANKS), disk: MemoryDisk::default(), steps: Arc::default() };
+        let world = Self { chip: FakeChip::new(&BANKS), disk: MemoryDisk::default(), steps: Arc::default() };
         let this = world.clone();
         world.chip.set_fault(move |name| {
             let fault = match this.steps().step(name, 0) {
@@ -128,6 +127,8 @@ fn config() -> RecorderConfig {
         pcr_vm: 12,
         pcr_guest: 13,
         quoted_pcrs: QUOTED_PCRS.to_vec(),
+        quoted_banks: HashAlg::ALL.to_vec(),
+        inventory: Arc::default(),
         now: Box::new(|| TimeMs(5)),
         new_epoch_id: Box::new(|| EpochId([EPOCHS.fetch_add(1, std::sync::atomic::Ordering::Relaxed); 16])),
     }
