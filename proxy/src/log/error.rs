@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use onequote_evidence::log::LogError;
+use onequote_evidence::{digest::HashAlg, log::LogError};
 
 use crate::tpm::TpmError;
 
@@ -63,6 +63,16 @@ pub enum RecorderError {
     /// The configuration names registers that can't be ours.
     #[error("PCR {0} and {1} can't be the log's registers: two different ones, below 16, are needed")]
     BadRegisters(u8, u8),
+    /// None of the banks that quotes should cover is active.
+    #[error(
+        "the TPM's active PCR banks are {active:?}, and a quote needs one of {quoted:?}: activate it in the firmware's settings"
+    )]
+    NoQuotedBank {
+        /// The active banks.
+        active: Vec<HashAlg>,
+        /// The banks that quotes should cover.
+        quoted: Vec<HashAlg>,
+    },
     /// Registers were extended by others during each attempt to quote them.
     #[error("the registers changed during each of {attempts} attempts to quote them; ask again")]
     Unsteady {

@@ -286,6 +286,9 @@ impl Journal {
         let (pcr_vm, pcr_guest) = (self.config.pcr_vm, self.config.pcr_guest);
         let ours: Vec<Register> =
             banks.iter().flat_map(|&bank| [pcr_vm, pcr_guest].map(|pcr| Register { bank, pcr })).collect();
+        if !banks.iter().any(|bank| self.config.quoted_banks.contains(bank)) {
+            return Err(RecorderError::NoQuotedBank { active: banks, quoted: self.config.quoted_banks.clone() });
+        }
         let clock = tpm.clock()?;
         let registers = tpm.pcr_read(&ours)?;
         let now = TpmState { clock, registers, pcr_vm, pcr_guest };
@@ -297,7 +300,7 @@ impl Journal {
         };
         let (live, index) = match recovery::plan(self.store.reader().as_ref(), &now)? {
             Plan::Continue(log) => self.go_on(tpm, clock, *log)?,
-            Plan::Begin { number, gap, remains } => self.begin(tpm, now, number, gap, remains)?,
+            Plan::Begin { number, gap, remains } => self.begin(tpm, now, number, gap.as_ref(), remains)?,
         };
         self.fold_all(&index)?;
         self.state.send_replace(Some(State { index, head: head(&live), tpm: info, failure: None }));
@@ -355,7 +358,7 @@ impl Journal {
         mut tpm: Box<dyn Tpm>,
         now: TpmState,
         number: u64,
-        gap: Option<(GapReason, String, u64)>,
+        gap: Option<&(GapReason, String, u64)>,
         remains: bool,
     ) -> Result<(Live, Index), RecorderError> {
         let TpmState { clock, registers, .. } = now;
@@ -365,7 +368,7 @@ impl Journal {
         self.store.create(number)?;
         let epoch = Epoch { number, id: (self.config.new_epoch_id)() };
         let mut events = vec![proxy_start(&mut self.config, clock, epoch, &registers)];
-        if let Some((reason, detail, old)) = &gap {
+        if let Some((reason, detail, old)) = gap {
             warn!(%reason, detail, epoch = number, "the log does not explain the registers: a new epoch begins");
             let detail = format!("{detail}; the log of epoch {old} is set aside");
             let body = LogGap { reason: *reason, detail }.into();
@@ -382,7 +385,7 @@ impl Journal {
         let extend = Extend::from(&record);
         tpm.extend(extend.pcr, &extend.digests)?;
         if let Some((_, _, old)) = gap {
-            self.store.set_aside(old)?;
+            self.store.set_aside(*old)?;
         }
         let replay = Replay::begin(&record).map_err(RecorderError::Damaged)?;
         let mut index = Index::new(epoch);

@@ -9,7 +9,7 @@ use onequote_evidence::{
 use super::{LogRead, RecorderError};
 
 /// Bytes that are read at once.
-const STEP: usize = 256 * 1024;
+const STEP: usize = 64 * 1024;
 
 const WHAT: &str = "log record";
 

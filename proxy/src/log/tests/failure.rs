@@ -25,10 +25,6 @@ fn one_failure_anywhere_is_survived() {
     let world = World::new();
     let mut journal = world.start_well();
     assert!(work_on(&world, &mut journal, &mut Work::default()).is_empty());
-    let start = {
-        World::new().start_well();
-    };
-    let () = start;
     let all = world.steps().done.clone();
     let after_start = {
         let world = World::new();
@@ -36,8 +32,7 @@ fn one_failure_anywhere_is_survived() {
         world.steps().done.len()
     };
     let (mut disk_errors, mut runs) = (0, 0);
-    for at in after_start..all.len() {
-        let (name, bytes) = all[at];
+    for (at, &(name, bytes)) in all.iter().enumerate().skip(after_start) {
         let torn = [1, bytes / 2, bytes.saturating_sub(1)].into_iter().filter(|&part| part > 0 && part < bytes);
         for happens in [Happens::Before, Happens::After].into_iter().chain(torn.map(Happens::Torn)) {
             let world = World::new();

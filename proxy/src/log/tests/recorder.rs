@@ -54,13 +54,13 @@ async fn events_that_wait_for_the_tpm_share_one_extend() {
             let log = log.clone();
             async move { log.append(role, vec![event(&format!("{n}"))]).await }
         });
-        assert!(futures_poll(append.as_mut()).is_none());
+        assert!(poll_once(append.as_mut()).is_none());
         waiting.push(append);
     }
     let mut quote = Box::pin(log.quote(|head| sha256(&[&head.log_len.to_be_bytes()])));
-    assert!(futures_poll(quote.as_mut()).is_none());
+    assert!(poll_once(quote.as_mut()).is_none());
     let mut late = Box::pin(log.append(PcrRole::Vm, vec![event("late")]));
-    assert!(futures_poll(late.as_mut()).is_none());
+    assert!(poll_once(late.as_mut()).is_none());
     drop(let_through);
     assert_eq!(first.await.unwrap().recnum, 1);
     for (n, append) in waiting.into_iter().enumerate() {
@@ -80,7 +80,7 @@ async fn events_that_wait_for_the_tpm_share_one_extend() {
 }
 
 /// Polls once without a waker.
-fn futures_poll<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
     match future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
         std::task::Poll::Ready(output) => Some(output),
         std::task::Poll::Pending => None,
