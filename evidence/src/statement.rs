@@ -44,7 +44,8 @@ stated! {
         #[n(3)] pub log_len: u64,
         /// Values of the log's two registers in every bank, after those records; in ascending order of bank and index.
         #[cbor(n(4), decode_with = "cbor::at_most::<MAX_REGISTERS, _, _>")] pub registers: Vec<RegisterValue>,
-        /// Every VM that the proxy manages, in ascending order of UUID.
+        /// Every VM that the proxy manages, in ascending order of UUID and session. A UUID can stand more than once: a
+        /// second process with the UUID of a VM that runs is refused, but it is there.
         #[n(5)] pub vms: Vec<VmState>,
         /// Every QEMU process that it knows of and does not manage, in ascending order of pid.
         #[n(6)] pub unmanaged: Vec<Unmanaged>,
@@ -111,8 +112,8 @@ impl Statement {
         if !pcr::from_list(&statement.registers).is_some_and(|sorted| pcr::to_list(&sorted) == statement.registers) {
             return Err(invalid("a register stands twice, is out of order or has not its bank's size"));
         }
-        if !statement.vms.is_sorted_by(|a, b| a.vm < b.vm) {
-            return Err(invalid("a VM stands twice or the VMs are out of order"));
+        if !statement.vms.is_sorted_by(|a, b| (a.vm, a.session) < (b.vm, b.session)) {
+            return Err(invalid("a VM's process stands twice or the VMs are out of order"));
         }
         if !statement.unmanaged.is_sorted_by(|a, b| a.pid < b.pid) {
             return Err(invalid("unmanaged processes are out of order"));

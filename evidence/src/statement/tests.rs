@@ -43,8 +43,8 @@ fn any_statement() -> impl Strategy<Value = Statement> {
         prop::collection::btree_map(any::<u32>(), "[a-z/]{0,20}", 0..3),
     )
         .prop_map(|((number, id, log_len, byte, time), mut vms, unmanaged)| {
-            vms.sort_by_key(|vm| vm.vm);
-            vms.dedup_by_key(|vm| vm.vm);
+            vms.sort_by_key(|vm| (vm.vm, vm.session));
+            vms.dedup_by_key(|vm| (vm.vm, vm.session));
             Statement {
                 version: VERSION,
                 host: "host-1".parse().unwrap(),
@@ -121,8 +121,9 @@ fn refused(change: fn(&mut Statement), why: &str) {
 #[test]
 fn order_and_doubles() {
     refused(|s| s.version = 2, "version");
-    refused(|s| s.vms.swap(0, 1), "VM stands twice");
-    refused(|s| s.vms[1] = s.vms[0].clone(), "VM stands twice");
+    refused(|s| s.vms.swap(0, 1), "process stands twice");
+    refused(|s| s.vms[1] = s.vms[0].clone(), "process stands twice");
+    refused(|s| s.vms[1] = VmState { session: SessionId([0; 8]), ..s.vms[0].clone() }, "out of order");
     refused(|s| s.unmanaged.swap(0, 1), "unmanaged");
     refused(|s| s.unmanaged[1].pid = 1, "unmanaged");
     refused(|s| s.vms[0].boots.swap(0, 1), "boots");
@@ -136,4 +137,31 @@ fn order_and_doubles() {
 #[test]
 fn more_registers_than_there_are_cost_no_memory() {
     refused(|s| s.registers = vec![value(HashAlg::Sha1, 1, 1); MAX_REGISTERS + 1], "more items");
+}
+
+#[test]
+fn two_processes_with_one_uuid_are_both_stated() {
+    let mut statement = Statement {
+        version: VERSION,
+        host: "host-1".parse().unwrap(),
+        epoch: Epoch { number: 1, id: EpochId([1; 16]) },
+        log_len: 1,
+        registers: Vec::new(),
+        vms: Vec::new(),
+        unmanaged: Vec::new(),
+        time: TimeMs(1),
+    };
+    statement.vms = [1, 2]
+        .map(|session| VmState {
+            vm: VmId(uuid::Uuid::from_bytes([7; 16])),
+            session: SessionId([session; 8]),
+            name: format!("vm-{session}"),
+            run_state: "prelaunch".into(),
+            depth: Depth::Gate,
+            boots: Vec::new(),
+            last_contact: None,
+            late: false,
+        })
+        .into();
+    assert_eq!(Statement::parse(&statement.to_bytes()).unwrap(), statement);
 }

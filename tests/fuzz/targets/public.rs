@@ -1,0 +1,21 @@
+//! Public areas: the name is over all of the area.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use onequote_evidence::tpm::{KeyParameters, Public, SigScheme};
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(public) = Public::parse(data) else { return };
+    assert_eq!(usize::from(u16::from_be_bytes([data[0], data[1]])), data.len() - 2);
+    let name = [public.name_alg.tpm_id().to_be_bytes().as_slice(), &public.name_alg.hash(&data[2..])].concat();
+    assert_eq!(public.name(), name);
+    assert_eq!(data[6..10], public.attributes.0.to_be_bytes());
+    match &public.key {
+        KeyParameters::Ecc(_) => assert!(matches!(public.scheme, SigScheme::Ecdsa(_))),
+        KeyParameters::Rsa(rsa) => {
+            assert!(rsa.exponent != 0 && rsa.modulus.len() >= 256);
+            assert!(!matches!(public.scheme, SigScheme::Ecdsa(_)));
+        }
+    }
+    let _ = public.attributes.ak_defect();
+});
