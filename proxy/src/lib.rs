@@ -10,6 +10,7 @@ pub mod guest;
 pub mod identity;
 pub mod inventory;
 pub mod log;
+pub mod measure;
 pub mod qmp;
 pub mod serve;
 pub mod sink;
