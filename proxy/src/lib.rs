@@ -16,3 +16,4 @@ pub mod serve;
 pub mod sink;
 pub mod status;
 pub mod tpm;
+pub mod vm;

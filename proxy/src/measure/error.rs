@@ -46,6 +46,11 @@ pub enum MeasureErrorKind {
 }
 
 impl MeasureError {
+    /// Whether QEMU's monitor is at fault, not the item.
+    pub(crate) fn is_monitor(&self) -> bool {
+        matches!(self.kind, MeasureErrorKind::Qmp(_))
+    }
+
     /// An error about an item and a file.
     pub(crate) fn new(item: &str, path: &Path, kind: impl Into<MeasureErrorKind>) -> Self {
         Self { item: item.to_owned(), path: path.to_owned(), kind: kind.into() }

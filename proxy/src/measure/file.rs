@@ -58,7 +58,7 @@ pub(super) fn open(path: &Path) -> Result<File, MeasureErrorKind> {
 }
 
 /// Measures what `path` names. The file, and what the path names, must be the same before and after.
-pub(super) async fn measure_path(
+pub(crate) async fn measure_path(
     digester: &Digester,
     path: &Path,
     progress: Option<Progress>,

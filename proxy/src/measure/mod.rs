@@ -21,7 +21,7 @@ mod digest;
 mod error;
 mod file;
 mod machine;
-mod process;
+pub(crate) mod process;
 mod vm;
 
 pub use args::{Arguments, Lookup, NamedFile};
@@ -29,6 +29,7 @@ pub use blocks::{BlockGraph, Leaf};
 pub use cli::measure_files;
 pub use digest::{Digester, Progress};
 pub use error::{MeasureError, MeasureErrorKind};
+pub(crate) use file::measure_path;
 pub use file::{MeasuredFile, Stamp};
 pub use machine::Machine;
 pub use process::{Held, Process};

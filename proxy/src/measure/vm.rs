@@ -37,6 +37,8 @@ pub struct Measurement {
     pub images: Vec<Image>,
     /// The writable ones among them, kept open.
     pub kept: Vec<Kept>,
+    /// The block graph's leaves that the images are the files of.
+    pub leaves: Vec<Leaf>,
 }
 
 /// An image that stays open, so that its inode can be measured again when QEMU is gone.
@@ -81,8 +83,10 @@ impl VmMeter<'_> {
     pub async fn measure(&self) -> Result<Measurement, MeasureError> {
         let mut components = self.program_and_arguments().await?;
         components.extend(self.loaded().await?);
-        let (images, kept) = self.images().await?;
-        Ok(Measurement { components, images, kept })
+        let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
+        let leaves = graph.leaves()?;
+        let (images, kept) = self.measure_leaves(&leaves).await?;
+        Ok(Measurement { components, images, kept, leaves })
     }
 
     /// QEMU's program, its arguments and the files that they name.
@@ -143,11 +147,6 @@ impl VmMeter<'_> {
             components.push(self.by_path(role, &path).await?);
         }
         Ok(components)
-    }
-
-    async fn images(&self) -> Result<(Vec<Image>, Vec<Kept>), MeasureError> {
-        let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
-        self.measure_leaves(&graph.leaves()?).await
     }
 
     /// Measures the files at these leaves of the block graph.

@@ -38,21 +38,26 @@ impl Events {
     pub async fn next(&mut self) -> Result<Event, QmpError> {
         loop {
             // Registered before looking, so that a push in between is not missed: there is one receiver.
-            let pushed = self.0.pushed.notified();
-            {
-                let mut inner = self.0.lock();
-                if let Some(event) = inner.waiting.pop_front() {
-                    return Ok(event);
-                }
-                if inner.missed > 0 {
-                    return Ok(Event::Missed(std::mem::take(&mut inner.missed)));
-                }
-                if let Some(why) = &inner.closed {
-                    return Err(why.clone());
-                }
+            let queue = Arc::clone(&self.0);
+            let pushed = queue.pushed.notified();
+            if let Some(event) = self.waiting() {
+                return Ok(event);
+            }
+            if let Some(why) = &self.0.lock().closed {
+                return Err(why.clone());
             }
             pushed.await;
         }
+    }
+
+    /// An event that has come already.
+    pub fn waiting(&mut self) -> Option<Event> {
+        let mut inner = self.0.lock();
+        let missed = |inner: &mut Inner| match std::mem::take(&mut inner.missed) {
+            0 => None,
+            n => Some(Event::Missed(n)),
+        };
+        inner.waiting.pop_front().or_else(|| missed(&mut inner))
     }
 }
 
