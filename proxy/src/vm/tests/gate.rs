@@ -29,13 +29,24 @@ async fn is_still_stopped(world: &World, monitor: &str) {
     assert!(!world.log.kinds().contains(&"vm-resume".to_owned()));
 }
 
+/// As much of a kernel's header as QEMU looks at (Linux `Documentation/arch/x86/boot.rst`).
+fn bzimage() -> Vec<u8> {
+    let mut image = vec![0; 8192];
+    image[0x1f1] = 1;
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x206..0x208].copy_from_slice(&0x020c_u16.to_le_bytes());
+    image[0x211] = 1;
+    image[0x22c..0x230].copy_from_slice(&0x37ff_ffff_u32.to_le_bytes());
+    image
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_is_measured_in_one_record_before_it_runs() {
     let world = World::new();
     let base = world.file("base.raw", vec![1; 1 << 20]);
     world.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
     world.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "ext.qcow2", "1M"]);
-    let kernel = world.file("kernel", [0; 8192]);
+    let kernel = world.file("kernel", bzimage());
     world.file("initrd", "initrd");
     let blob = world.file("blob", "blob");
     let config = world.file("vm.cfg", "[fw_cfg]\nname = \"opt/x\"\nfile = \"blob\"\n");

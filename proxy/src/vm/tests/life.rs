@@ -93,7 +93,7 @@ async fn hot_plug_and_snapshots_are_found() {
     let extra = world.file("extra.raw", vec![3; 1 << 20]);
     let _qemu = world.qemu(
         "vm",
-        &["-S", "-M", "q35", "-device", "pcie-root-port,id=port", "-drive", "file=disk.raw,format=raw,if=virtio,id=root",
+        &["-S", "-M", "q35", "-device", "pcie-root-port,id=slot1", "-drive", "file=disk.raw,format=raw,if=virtio,id=root",
           "-qmp", &second_monitor("b.qmp")],
     );
     world.log.wait_kind("vm-resume").await;
@@ -110,7 +110,7 @@ async fn hot_plug_and_snapshots_are_found() {
     let change = world.log.wait(changed("n")).await;
     assert_eq!((change.what.as_str(), change.before.as_str()), ("image", ""));
     assert_eq!(change.images[0].digest.to_string(), sha256_of(&extra));
-    let device = json!({"driver": "virtio-blk-pci", "drive": "n", "id": "plugged", "bus": "port"});
+    let device = json!({"driver": "virtio-blk-pci", "drive": "n", "id": "plugged", "bus": "slot1"});
     monitor.call::<Value>("device_add", device).await.unwrap();
     world
         .log
