@@ -9,6 +9,7 @@ pub mod config;
 pub mod guest;
 pub mod identity;
 pub mod inventory;
+pub mod launch;
 pub mod log;
 pub mod measure;
 pub mod qmp;

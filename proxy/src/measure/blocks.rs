@@ -217,7 +217,11 @@ struct Node {
 mod tests {
     use super::*;
 
-    fn graph(nodes: &[(u64, &str, &str)], edges: &[(u64, u64, &str)], named: &[(&str, &str, &str, bool)]) -> BlockGraph {
+    fn graph(
+        nodes: &[(u64, &str, &str)],
+        edges: &[(u64, u64, &str)],
+        named: &[(&str, &str, &str, bool)],
+    ) -> BlockGraph {
         let node = |&(id, kind, name): &(u64, &str, &str)| GraphNode { id, kind: kind.into(), name: name.into() };
         let edge = |&(parent, child, name): &(u64, u64, &str)| Edge { parent, child, name: name.into() };
         let named = named.iter().map(|&(name, driver, file, read_only)| {

@@ -57,7 +57,8 @@ impl Meter {
         let due = self.shown.unwrap_or(self.begun).elapsed() > Duration::from_millis(200);
         if self.wanted && due {
             self.shown = Some(Instant::now());
-            let percent = done.saturating_mul(100).checked_div(self.total).map_or(String::new(), |p| format!("{p} % of "));
+            let percent =
+                done.saturating_mul(100).checked_div(self.total).map_or(String::new(), |p| format!("{p} % of "));
             // Progress is a courtesy.
             let _ = write!(io::stderr(), "\r\x1b[K{}: {percent}{} MiB", self.name, self.total >> 20);
         }

@@ -48,12 +48,14 @@ impl Digester {
         let _slot = self.slots.acquire().await.map_err(io::Error::other)?;
         let stop = Arc::new(AtomicBool::new(false));
         let _guard = StopOnDrop(Arc::clone(&stop));
-        let work = move || digest_now(&file, &mut |done| {
-            if let Some(progress) = &progress {
-                progress(done);
-            }
-            !stop.load(Ordering::Relaxed)
-        });
+        let work = move || {
+            digest_now(&file, &mut |done| {
+                if let Some(progress) = &progress {
+                    progress(done);
+                }
+                !stop.load(Ordering::Relaxed)
+            })
+        };
         tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
     }
 }

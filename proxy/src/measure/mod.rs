@@ -33,4 +33,5 @@ pub(crate) use file::measure_path;
 pub use file::{MeasuredFile, Stamp};
 pub use machine::Machine;
 pub use process::{Held, Process};
+pub(crate) use vm::quoted;
 pub use vm::{Kept, Measurement, VmMeter};

@@ -16,7 +16,8 @@ use onequote_evidence::{
 use tokio::io::AsyncReadExt;
 
 use super::{
-    Arguments, BlockGraph, Digester, Held, Leaf, Lookup, Machine, MeasureError, MeasureErrorKind, MeasuredFile, Process,
+    Arguments, BlockGraph, Digester, Held, Leaf, Lookup, Machine, MeasureError, MeasureErrorKind, MeasuredFile,
+    Process,
     args::{absolute, in_data_dirs},
     file::{measure_open, measure_path, open},
 };
@@ -208,10 +209,8 @@ impl VmMeter<'_> {
         let sets = self.qmp.execute(qapi::qmp::query_fdsets {}).await;
         let sets = sets.map_err(|e| MeasureError::of(&leaf.slot, e))?;
         let fds = sets.into_iter().find(|s| s.fdset_id.to_string() == set).map(|s| s.fds).unwrap_or_default();
-        let ids: Vec<Held> = fds
-            .iter()
-            .filter_map(|fd| held.iter().find(|h| i64::from(h.fd) == fd.fd).copied())
-            .collect();
+        let ids: Vec<Held> =
+            fds.iter().filter_map(|fd| held.iter().find(|h| i64::from(h.fd) == fd.fd).copied()).collect();
         let unsupported = |what: &str| {
             let what = format!("{} {what}", leaf.name);
             MeasureError::of(&leaf.slot, MeasureErrorKind::Unsupported(what))

@@ -46,11 +46,6 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            line: 16 * 1024 * 1024,
-            events: 4096,
-            greeting: Duration::from_secs(5),
-            reply: Duration::from_secs(30),
-        }
+        Self { line: 16 * 1024 * 1024, events: 4096, greeting: Duration::from_secs(5), reply: Duration::from_secs(30) }
     }
 }

@@ -75,7 +75,8 @@ async fn answers_go_to_who_asked_even_out_of_order() {
         peer.answer(&second, second["arguments"].clone()).await;
         peer.answer(&first, first["arguments"].clone()).await;
     };
-    let (a, b, ()) = tokio::join!(qmp.call::<Value>("a", json!({"n": 1})), qmp.call::<Value>("b", json!({"n": 2})), serve);
+    let (a, b, ()) =
+        tokio::join!(qmp.call::<Value>("a", json!({"n": 1})), qmp.call::<Value>("b", json!({"n": 2})), serve);
     assert_eq!(a.unwrap(), json!({"n": 1}));
     assert_eq!(b.unwrap(), json!({"n": 2}));
 }
@@ -130,7 +131,9 @@ async fn unknown_events_pass_and_too_many_leave_a_mark() {
     });
     done.unwrap();
     for n in 0..4 {
-        assert!(matches!(events.next().await.unwrap(), Event::Other { name, data } if name == "FROM_THE_FUTURE" && data["n"] == n));
+        assert!(
+            matches!(events.next().await.unwrap(), Event::Other { name, data } if name == "FROM_THE_FUTURE" && data["n"] == n)
+        );
     }
     assert!(matches!(events.next().await.unwrap(), Event::Missed(7)));
     peer.say(&json!({"event": "STOP", "timestamp": stamp}).to_string()).await;

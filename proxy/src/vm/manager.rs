@@ -126,7 +126,14 @@ impl Manager {
         };
         let (scans, wanted) = mpsc::channel(16);
         let env = Arc::new(env);
-        let keeper = Keeper { env, watch, seen: HashMap::new(), told: HashSet::new(), tasks: JoinSet::new(), started: Instant::now() };
+        let keeper = Keeper {
+            env,
+            watch,
+            seen: HashMap::new(),
+            told: HashSet::new(),
+            tasks: JoinSet::new(),
+            started: Instant::now(),
+        };
         Ok(Self { registry, scans, task: tokio::spawn(keeper.run(wanted)) })
     }
 
@@ -221,8 +228,7 @@ impl Keeper {
 
     /// Closes the sessions whose processes are gone; waits for the end of those that live on without a monitor.
     fn close_open_sessions(&mut self) {
-        let known: Vec<_> =
-            self.env.known.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let known: Vec<_> = self.env.known.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for session in known {
             let boot = self.env.config.boot;
             let process = Process::open(session.pid).ok().filter(|p| p.session(boot) == session.vm.session);

@@ -122,7 +122,8 @@ impl References {
         }
         for (slot, allowed) in &entry.images {
             let image = found.images.iter().find(|i| i.slot == *slot);
-            let image = image.ok_or_else(|| Mismatch { item: slot.clone(), what: "the VM has no such image".into() })?;
+            let image =
+                image.ok_or_else(|| Mismatch { item: slot.clone(), what: "the VM has no such image".into() })?;
             digest_fits(slot, &image.path, image.digest, allowed)?;
         }
         Ok(())
@@ -184,8 +185,7 @@ mod tests {
     #[test]
     fn what_is_listed_must_fit() {
         let digest = |n| FileDigest::sha256(Sha256([n; 32]));
-        let kernel =
-            Component { role: Role::Kernel, path: "/k".into(), size: 1, digest: digest(1), text: None };
+        let kernel = Component { role: Role::Kernel, path: "/k".into(), size: 1, digest: digest(1), text: None };
         let line = Component { role: Role::KernelCmdline, text: Some("quiet".into()), ..kernel.clone() };
         let image = Image {
             slot: "disk0/1".into(),
@@ -195,7 +195,8 @@ mod tests {
             size: 1,
             digest: digest(2),
         };
-        let found = Measurement { components: vec![kernel, line], images: vec![image], kept: Vec::new(), leaves: Vec::new() };
+        let found =
+            Measurement { components: vec![kernel, line], images: vec![image], kept: Vec::new(), leaves: Vec::new() };
         let check = |text: &str| toml::from_str::<References>(text).unwrap().check("web-1", &found);
         let item = |text: &str| check(&format!("[[vm]]\nname='web-*'\n{text}")).unwrap_err().item;
         let (one, two) = (digest(1), digest(2));

@@ -244,8 +244,7 @@ impl Session {
         let mut changes = change::outline(&self.facts, &facts);
         let different = LeafChanges::between(&self.leaves, &leaves);
         if !different.is_empty() {
-            let meter =
-                VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
+            let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
             let (images, kept) = meter.measure_leaves(&different.other).await?;
             for (leaf, image) in different.other.iter().zip(images) {
                 let before = self.leaves.iter().find(|l| l.slot == leaf.slot).map(change::in_words);

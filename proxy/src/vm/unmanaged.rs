@@ -1,11 +1,6 @@
 //! Finding VMs that nobody told the proxy about.
 
-use std::{
-    collections::HashSet,
-    fs, io,
-    path::Path,
-    time::Duration,
-};
+use std::{collections::HashSet, fs, io, path::Path, time::Duration};
 
 use serde::Serialize;
 

@@ -53,10 +53,27 @@ async fn everything_is_measured_in_one_record_before_it_runs() {
     let qemu = world.qemu(
         "one",
         &[
-            "-S", "-M", "q35", "-smp", "2", "-kernel", "kernel", "-initrd", "initrd", "-append", "quiet  x=1",
-            "-drive", "file=top.qcow2,if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,id=vda",
-            "-blockdev", "driver=qcow2,node-name=n1,file.driver=file,file.filename=ext.qcow2",
-            "-device", "virtio-blk-pci,drive=n1,id=vdb", "-readconfig", "vm.cfg",
+            "-S",
+            "-M",
+            "q35",
+            "-smp",
+            "2",
+            "-kernel",
+            "kernel",
+            "-initrd",
+            "initrd",
+            "-append",
+            "quiet  x=1",
+            "-drive",
+            "file=top.qcow2,if=none,id=disk0",
+            "-device",
+            "virtio-blk-pci,drive=disk0,id=vda",
+            "-blockdev",
+            "driver=qcow2,node-name=n1,file.driver=file,file.filename=ext.qcow2",
+            "-device",
+            "virtio-blk-pci,drive=n1,id=vdb",
+            "-readconfig",
+            "vm.cfg",
         ],
     );
     world.log.wait_kind("vm-resume").await;
@@ -148,8 +165,19 @@ async fn what_cannot_be_measured_does_not_start() {
     world.file("blob", "x");
     let _qemu = world.qemu(
         "vm",
-        &["-S", "-M", "q35", "-kernel", "kernel", "-device", blob, "-drive", "driver=null-co,if=virtio,id=nothing",
-          "-qmp", &second_monitor("b.qmp")],
+        &[
+            "-S",
+            "-M",
+            "q35",
+            "-kernel",
+            "kernel",
+            "-device",
+            blob,
+            "-drive",
+            "driver=null-co,if=virtio,id=nothing",
+            "-qmp",
+            &second_monitor("b.qmp"),
+        ],
     );
     let refusal = world.log.wait(refused).await;
     assert_eq!(refusal.item, "nothing");
@@ -229,7 +257,10 @@ async fn the_second_vm_with_a_uuid_is_refused() {
     let vms = world.registry().vms;
     assert_eq!(vms.len(), 2);
     assert!(vms.iter().all(|vm| vm.vm.vm.to_string() == UUID));
-    assert_eq!(vms.iter().filter(|vm| vm.stage == Stage::Refused).map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["second"]);
+    assert_eq!(
+        vms.iter().filter(|vm| vm.stage == Stage::Refused).map(|vm| vm.name.as_str()).collect::<Vec<_>>(),
+        ["second"]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -63,8 +63,7 @@ async fn a_kill_is_a_loss_and_the_inode_counts() {
     let world = World::new();
     let disk = world.file("disk.raw", vec![1; 1 << 20]);
     let before = sha256_of(&disk);
-    let mut qemu =
-        world.qemu("vm", &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root"]);
+    let mut qemu = world.qemu("vm", &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root"]);
     world.log.wait_kind("vm-resume").await;
     std::fs::remove_file(&disk).unwrap();
     world.file("disk.raw", vec![2; 1 << 20]);
@@ -93,8 +92,17 @@ async fn hot_plug_and_snapshots_are_found() {
     let extra = world.file("extra.raw", vec![3; 1 << 20]);
     let _qemu = world.qemu(
         "vm",
-        &["-S", "-M", "q35", "-device", "pcie-root-port,id=slot1", "-drive", "file=disk.raw,format=raw,if=virtio,id=root",
-          "-qmp", &second_monitor("b.qmp")],
+        &[
+            "-S",
+            "-M",
+            "q35",
+            "-device",
+            "pcie-root-port,id=slot1",
+            "-drive",
+            "file=disk.raw,format=raw,if=virtio,id=root",
+            "-qmp",
+            &second_monitor("b.qmp"),
+        ],
     );
     world.log.wait_kind("vm-resume").await;
     let monitor = world.monitor("b.qmp").await;
