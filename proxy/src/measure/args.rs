@@ -140,7 +140,7 @@ pub(super) fn absolute(dir: &Path, name: &Path) -> PathBuf {
 /// `program` is QEMU's own path: its distribution's directories lie beside it.
 pub(super) fn in_data_dirs(dir: &Path, program: &Path, more: &[PathBuf], name: &Path) -> Option<PathBuf> {
     let beside = program.parent().unwrap_or(Path::new("/"));
-    let own = ["../share/qemu", "../share/seabios", "../lib/ipxe/qemu", "../share/qemu-firmware"];
+    let own = ["../share/qemu", "../share/seabios", "../lib/ipxe/qemu", "../share/qemu-kvm", "../share/qemu-firmware"];
     let direct = absolute(dir, name);
     let given = more.iter().map(|d| absolute(dir, &d.join(name)));
     let built_in = own.iter().map(|d| beside.join(d).join(name));

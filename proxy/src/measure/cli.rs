@@ -71,3 +71,27 @@ impl Meter {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prints_as_sha256sum_does_or_json() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        std::fs::write(&file, "abc").unwrap();
+        let print = |files: &[PathBuf], json| {
+            let mut out = Vec::new();
+            measure_files(files, json, &mut out).map(|()| String::from_utf8(out).unwrap())
+        };
+        let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(print(&[file.clone()], false).unwrap(), format!("{digest}  {}\n", file.display()));
+        let json: serde_json::Value = serde_json::from_str(&print(&[file.clone()], true).unwrap()).unwrap();
+        assert_eq!(json[0]["digest"], format!("sha256:{digest}"));
+        assert_eq!(json[0]["size"], 3);
+        let gone = print(&[file, dir.path().join("gone")], false).unwrap_err().to_string();
+        assert!(gone.contains("gone") && gone.contains("No such file"), "{gone}");
+    }
+}

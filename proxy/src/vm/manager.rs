@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -19,15 +19,18 @@ use tokio::{
 };
 
 use super::{
-    Clock, EventSink, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess, VmStatus,
-    is_valid_name,
+    Clock, LiveVm, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess, is_valid_name,
+    open_sessions,
+    outbox::Outbox,
     session::Session,
     unmanaged,
     watch::{Socket, SocketId, Watch, socket_id},
 };
 use crate::{
+    inventory::Inventory,
     measure::{self, Digester, MeasureError, Process},
     qmp::{self, Qmp},
+    sink::EventSink,
 };
 
 /// How VMs are watched.
@@ -79,6 +82,7 @@ pub(super) struct Env {
     pub(super) config: Config,
     pub(super) sink: Arc<dyn EventSink>,
     pub(super) clock: Clock,
+    pub(super) inventory: Arc<RwLock<Inventory>>,
     pub(super) references: Option<References>,
     pub(super) registry: Registry,
     pub(super) digester: Digester,
@@ -100,7 +104,7 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Begins to watch. `open` are the sessions that the log left open ([`super::open_sessions`]); with `references`
+    /// Begins to watch. `inventory` is kept by whoever takes the events of `sink` in, and has all of the log already; with `references`
     /// a VM that does not fit them is not let run.
     ///
     /// # Errors
@@ -110,15 +114,17 @@ impl Manager {
         sink: Arc<dyn EventSink>,
         clock: Clock,
         references: Option<References>,
-        open: Vec<OpenSession>,
+        inventory: Arc<RwLock<Inventory>>,
     ) -> io::Result<Self> {
         let watch = Watch::new(&config.dir, &config.extra)?;
         let registry = Registry::default();
+        let open = open_sessions(&inventory.read().unwrap_or_else(PoisonError::into_inner));
         let known = open.into_iter().map(|s| (s.vm.session, s)).collect();
         let env = Env {
             config,
             sink,
             clock,
+            inventory,
             references,
             registry: registry.clone(),
             digester: Digester::default(),
@@ -334,16 +340,17 @@ async fn close_open_session(env: Arc<Env>, session: OpenSession, process: Option
         }
     }
     let body = VmStop { cause: StopCause::Unwatched, images, unmeasured }.into();
-    let event = Event { time: (env.clock)(), vm: Some(session.vm), body };
-    while let Err(e) = env.sink.append(vec![event.clone()]).await {
+    let mut outbox = Outbox::new(session.vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
+    outbox.push(Event { time: (env.clock)(), vm: Some(session.vm), body });
+    while let Err(e) = outbox.flush().await {
         tracing::error!(vm = %session.name, "{e}");
         sleep(env.config.retry).await;
     }
     env.registry.leave(session.vm);
 }
 
-fn ending(session: &OpenSession) -> VmStatus {
-    VmStatus {
+fn ending(session: &OpenSession) -> LiveVm {
+    LiveVm {
         vm: session.vm,
         name: session.name.clone(),
         pid: session.pid,

@@ -21,7 +21,7 @@
 //! are the inodes it had, and the stop is logged with their digests. Then the session is gone.
 //!
 //! # What the log said before
-//! After a restart of the proxy the sessions that the log left open are handed in ([`open_sessions`]). One whose
+//! The inventory tells which sessions the log left open before this start ([`open_sessions`]). One whose
 //! process is gone is closed with what its images' paths hold now; one that lives is logged as a gap and measured
 //! again once its monitor is there.
 //!
@@ -36,10 +36,10 @@ mod change;
 mod facts;
 mod manager;
 mod open;
+mod outbox;
 mod reference;
 mod registry;
 mod session;
-mod sink;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -49,9 +49,11 @@ mod watch;
 pub use manager::{Config, Manager};
 pub use open::{OpenSession, open_sessions};
 pub use reference::{Mismatch, ReferenceError, References};
-pub use registry::{Notice, NoticeKind, Registry, RegistrySnapshot, SocketTrouble, Stage, VmStatus};
-pub use sink::{Appended, Clock, EventSink, SinkError, system_clock};
+pub use registry::{LiveVm, Notice, NoticeKind, Registry, RegistrySnapshot, SocketTrouble, Stage};
 pub use unmanaged::{Scan, UnmanagedProcess};
+
+/// Tells the time.
+pub type Clock = fn() -> onequote_evidence::id::TimeMs;
 
 /// Whether a VM's name can be a file name and stand in logs: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, the first
 /// one a letter or digit.

@@ -26,7 +26,7 @@ pub enum Stage {
     Measuring,
     /// Measured and logged.
     Watched,
-    /// Not let run, or running without having been measured. [`VmStatus::error`] says why.
+    /// Not let run, or running without having been measured. [`LiveVm::error`] says why.
     Refused,
     /// QEMU lives, its monitor doesn't answer.
     MonitorLost,
@@ -36,7 +36,7 @@ pub enum Stage {
 
 /// One session of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct VmStatus {
+pub struct LiveVm {
     /// The VM and its process.
     #[serde(flatten)]
     pub vm: VmRef,
@@ -78,7 +78,7 @@ pub struct SocketTrouble {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct RegistrySnapshot {
     /// Sessions, in ascending order of UUID and session.
-    pub vms: Vec<VmStatus>,
+    pub vms: Vec<LiveVm>,
     /// Sockets in trouble, in ascending order of their paths.
     pub sockets: Vec<SocketTrouble>,
     /// Processes that look like VMs and are not managed, in ascending order of pids.
@@ -102,7 +102,7 @@ pub struct Notice {
     /// What happened.
     pub kind: NoticeKind,
     /// The session as it is now.
-    pub status: VmStatus,
+    pub status: LiveVm,
 }
 
 /// The registry. Clones share it.
@@ -120,7 +120,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Inner {
-    vms: BTreeMap<VmRef, VmStatus>,
+    vms: BTreeMap<VmRef, LiveVm>,
     sockets: BTreeMap<PathBuf, SocketTrouble>,
     unmanaged: Vec<UnmanagedProcess>,
 }
@@ -153,7 +153,7 @@ impl Registry {
 
     /// Takes a session in. If another one of the same VM is there that is not refused, gives that one instead.
     /// Entered again, it keeps its count of resets and whether it is logged.
-    pub(super) fn enter(&self, mut status: VmStatus) -> Result<(), Box<VmStatus>> {
+    pub(super) fn enter(&self, mut status: LiveVm) -> Result<(), Box<LiveVm>> {
         let mut inner = self.lock();
         if let Some(before) = inner.vms.get(&status.vm) {
             (status.resets, status.logged) = (before.resets, before.logged);
@@ -181,7 +181,7 @@ impl Registry {
     }
 
     /// Changes a session's status.
-    pub(super) fn update(&self, vm: VmRef, change: impl FnOnce(&mut VmStatus)) {
+    pub(super) fn update(&self, vm: VmRef, change: impl FnOnce(&mut LiveVm)) {
         if let Some(status) = self.lock().vms.get_mut(&vm) {
             change(status);
         }
@@ -223,7 +223,7 @@ impl Registry {
 }
 
 impl Inner {
-    fn claim(&self, vm: VmId) -> Option<&VmStatus> {
+    fn claim(&self, vm: VmId) -> Option<&LiveVm> {
         self.vms.values().find(|other| other.vm.vm == vm && other.stage != Stage::Refused)
     }
 }

@@ -3,9 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use onequote_evidence::{
-    event::{
-        ConfigChange, Depth, Event, GapReason, Image, LogGap, StopCause, VmPause, VmRef, VmReset, VmResume, VmStop,
-    },
+    event::{ConfigChange, Depth, GapReason, Image, LogGap, StopCause, VmPause, VmRef, VmReset, VmResume, VmStop},
     id::VmId,
 };
 use qapi::qmp::Event as Known;
@@ -15,7 +13,8 @@ use super::{
     change::{self, LeafChanges},
     facts::{Facts, run_state},
     manager::Env,
-    registry::{NoticeKind, Stage, VmStatus},
+    outbox::Outbox,
+    registry::{LiveVm, NoticeKind, Stage},
     start::Occasion,
 };
 use crate::{
@@ -49,8 +48,7 @@ pub(super) struct Session {
     pub(super) created: bool,
     pub(super) leaves: Vec<Leaf>,
     pub(super) kept: Vec<Kept>,
-    /// Events to be logged, oldest first.
-    pub(super) pending: Vec<Event>,
+    pub(super) outbox: Outbox,
     /// What is wrong with the VM, and with logging it.
     error: Option<String>,
     pub(super) log_error: Option<String>,
@@ -74,6 +72,7 @@ impl Session {
         let facts = Facts::ask(&qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
+        let outbox = Outbox::new(vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
         Ok(Self {
             env,
             name,
@@ -88,7 +87,7 @@ impl Session {
             created: false,
             leaves: Vec::new(),
             kept: Vec::new(),
-            pending: Vec::new(),
+            outbox,
             error: None,
             log_error: None,
             cause: None,
@@ -110,7 +109,7 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                event = self.events.next(), if self.pending.len() < MAX_PENDING => match event {
+                event = self.events.next(), if self.outbox.len() < MAX_PENDING => match event {
                     Ok(event) => self.take_events(event).await,
                     Err(why) => if !self.find_again(&why).await {
                         break;
@@ -140,7 +139,7 @@ impl Session {
         let mut next = Some(first);
         while let Some(event) = next {
             self.take_event(event).await;
-            next = if self.pending.len() < MAX_PENDING { self.events.waiting() } else { None };
+            next = if self.outbox.len() < MAX_PENDING { self.events.waiting() } else { None };
         }
         self.flush().await;
     }
@@ -294,12 +293,11 @@ impl Session {
 
     /// Logs what waits. Whether nothing waits any more.
     pub(super) async fn flush(&mut self) -> bool {
-        if self.pending.is_empty() {
+        if self.outbox.len() == 0 {
             return true;
         }
-        match self.env.sink.append(self.pending.clone()).await {
+        match self.outbox.flush().await {
             Ok(()) => {
-                self.pending.clear();
                 self.log_error = None;
                 let created = self.created;
                 self.env.registry.update(self.vm, |s| s.logged |= created);
@@ -310,7 +308,7 @@ impl Session {
             }
         }
         self.show_error();
-        self.pending.is_empty()
+        self.outbox.len() == 0
     }
 
     /// Shows an error at the VM.
@@ -335,8 +333,8 @@ impl Session {
         self.env.registry.update(self.vm, |s| state.clone_into(&mut s.run_state));
     }
 
-    pub(super) fn status(&self, stage: Stage) -> VmStatus {
-        VmStatus {
+    pub(super) fn status(&self, stage: Stage) -> LiveVm {
+        LiveVm {
             vm: self.vm,
             name: self.name.clone(),
             pid: self.process.pid(),

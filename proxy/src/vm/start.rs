@@ -6,7 +6,7 @@ use onequote_evidence::{
 };
 
 use super::{
-    registry::{NoticeKind, Stage, VmStatus},
+    registry::{LiveVm, NoticeKind, Stage},
     session::Session,
 };
 use crate::measure::{self, BlockGraph, MeasureError, Measurement, VmMeter};
@@ -55,7 +55,7 @@ impl Session {
     }
 
     /// Enters the registry. Waits for an earlier session of the same VM that is ending.
-    async fn enter(&self) -> Result<(), Box<VmStatus>> {
+    async fn enter(&self) -> Result<(), Box<LiveVm>> {
         loop {
             let Err(other) = self.env.registry.enter(self.status(Stage::Measuring)) else { return Ok(()) };
             let lives = measure::process::start_time(other.pid)
@@ -110,12 +110,11 @@ impl Session {
             self.keep(&measurement);
             return self.refuse(mismatch.to_string(), mismatch.item).await;
         }
-        let before = self.pending.len();
         self.keep(&measurement);
         self.log(VmStart { components: measurement.components, images: measurement.images });
         if !self.flush().await {
             // What is not in the log has not happened: neither later may it say that the VM started.
-            self.pending.truncate(before);
+            self.outbox.withdraw_start();
             let reason = self.log_error.clone().unwrap_or_default();
             return self.refuse(reason, String::new()).await;
         }
@@ -170,6 +169,6 @@ impl Session {
     /// Adds an event to those that wait to be logged.
     pub(super) fn log(&mut self, body: impl Into<EventBody>) {
         let (time, vm) = ((self.env.clock)(), Some(self.vm));
-        self.pending.push(onequote_evidence::event::Event { time, vm, body: body.into() });
+        self.outbox.push(onequote_evidence::event::Event { time, vm, body: body.into() });
     }
 }

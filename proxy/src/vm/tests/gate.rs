@@ -137,21 +137,17 @@ async fn a_path_that_was_exchanged_does_not_start() {
     let world = World::new();
     world.file("disk.raw", vec![1; 1 << 20]);
     world.file("evil.raw", vec![2; 1 << 20]);
-    // The monitor appears to the manager only after the exchange.
-    let late = world.path("late.qmp");
     let _qemu = world.qemu(
         "unused",
         &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root", "-qmp", &second_monitor("b.qmp")],
     );
-    let _ = std::fs::remove_file(&late);
-    drop(world.monitor("b.qmp").await);
     world.log.wait(started).await;
     let mut world = world;
     world.manager = None;
     world.log = std::sync::Arc::default();
     std::fs::rename(world.path("disk.raw"), world.path("was.raw")).unwrap();
     std::fs::rename(world.path("evil.raw"), world.path("disk.raw")).unwrap();
-    world.start(None, Vec::new());
+    world.start(None);
     let refusal = world.log.wait(refused).await;
     assert_eq!(refusal.item, "root");
     assert!(refusal.reason.contains("disk.raw") && refusal.reason.contains("replaced"), "{}", refusal.reason);
@@ -195,19 +191,14 @@ async fn a_file_that_is_gone_does_not_start() {
         ("-fw_cfg", "name=opt/x,file=gone", "gone", "argument-file"),
     ] {
         let world = World::new();
-        std::fs::create_dir(world.path("vms")).unwrap_or_default();
         world.file(file, vec![0; 1 << 16]);
-        // QEMU has read the file by the time its monitor listens outside of the watched folder.
-        let real = world.path("real.qmp");
-        let _qemu = world.qemu("x", &["-S", "-M", "q35", arg, value, "-qmp", &second_monitor("real.qmp")]);
-        let _ = &real;
+        let _qemu = world.qemu("x", &["-S", "-M", "q35", arg, value]);
         world.log.wait(started).await;
         let mut world = world;
         world.manager = None;
         world.log = std::sync::Arc::default();
         std::fs::remove_file(world.path(file)).unwrap();
-        world.monitor("real.qmp").await.execute(qapi::qmp::stop {}).await.unwrap();
-        world.start(None, Vec::new());
+        world.start(None);
         assert_eq!(world.log.wait(refused).await.item, item);
     }
 }
@@ -286,4 +277,17 @@ async fn sockets_that_are_no_monitors_are_shown() {
     std::fs::remove_file(world.socket("rubbish")).unwrap();
     world.until(|r| r.sockets.len() == 2).await;
     assert!(Path::exists(&world.socket("silent")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_turns_up_in_the_log_after_all_is_not_logged_twice() {
+    let world = World::new();
+    world.log.lying.store(true, Ordering::SeqCst);
+    let _qemu = world.qemu("vm", &["-S", "-M", "q35", "-qmp", &second_monitor("b.qmp")]);
+    world.until(|r| r.vms.first().is_some_and(|vm| vm.stage == Stage::Refused)).await;
+    is_still_stopped(&world, "b.qmp").await;
+    world.log.lying.store(false, Ordering::SeqCst);
+    world.monitor("b.qmp").await.execute(qapi::qmp::system_reset {}).await.unwrap();
+    world.log.wait_kind("vm-reset").await;
+    assert_eq!(world.log.kinds(), ["vm-create", "vm-start", "vm-refuse", "vm-reset"]);
 }

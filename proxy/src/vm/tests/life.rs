@@ -147,21 +147,20 @@ async fn after_a_restart_the_living_are_measured_again_and_the_gone_closed() {
     world.until(|r| r.vms.len() == 2 && r.vms.iter().all(|v| v.stage == Stage::Watched)).await;
     world.log.wait_kind("vm-resume").await;
     world.manager = None;
-    let events = world.log.events();
-    let open = open_sessions(&events);
-    assert_eq!(open.iter().filter(|s| s.measured).count(), 2);
+    let open = open_sessions(&world.log.inventory.read().unwrap());
+    assert_eq!(open.len(), 2);
     gone.kill().await.unwrap();
     std::fs::write(&gone_disk, vec![5; 1 << 20]).unwrap();
 
-    world.log = std::sync::Arc::default();
-    world.start(None, open.clone());
+    let before = world.log.events().len();
+    world.start(None);
     let stop = world.log.wait(stopped).await;
     assert_eq!(stop.cause, StopCause::Unwatched);
     assert_eq!(stop.images[0].digest.to_string(), sha256_of(&gone_disk));
     assert!(world.log.wait(attached).await.again);
     let lives = open.iter().find(|s| s.name == "lives").unwrap().vm;
     let about: Vec<_> =
-        world.log.events().iter().filter(|e| e.vm == Some(lives)).map(|e| e.body.kind().to_owned()).collect();
+        world.log.events()[before..].iter().filter(|e| e.vm == Some(lives)).map(|e| e.body.kind().to_owned()).collect();
     assert_eq!(about, ["log-gap", "vm-attach"]);
     assert_eq!(world.registry().vms.len(), 1);
 }
@@ -178,4 +177,75 @@ async fn the_same_vm_starts_again_after_its_end() {
     }
     let vms: std::collections::BTreeSet<_> = world.log.events().iter().map(|e| e.vm.unwrap().vm).collect();
     assert_eq!(vms.len(), 1, "the UUID comes from host and name");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_is_lost_is_found_again() {
+    let world = World::new();
+    let _qemu = world.qemu_elsewhere("b.qmp");
+    drop(world.monitor("b.qmp").await);
+    // The process behind the monitor is this one: what matters here is that it lives on.
+    let listener = tokio::net::UnixListener::bind(world.socket("vm")).unwrap();
+    let serve = async |world: &World| {
+        let (mut front, _) = listener.accept().await.unwrap();
+        let mut back = tokio::net::UnixStream::connect(world.path("b.qmp")).await.unwrap();
+        let (cut, was_cut) = tokio::sync::oneshot::channel::<()>();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = tokio::io::copy_bidirectional(&mut front, &mut back) => {}
+                _ = was_cut => {}
+            }
+        });
+        cut
+    };
+    let cut = serve(&world).await;
+    world.log.wait_kind("vm-resume").await;
+    cut.send(()).unwrap();
+    let EventBody::LogGap(gap) = world.log.wait_kind("log-gap").await else { panic!() };
+    assert_eq!(gap.reason, GapReason::MonitorLost);
+    world.until(|r| r.vms[0].stage == Stage::MonitorLost && r.vms[0].error.is_some()).await;
+    let _cut = serve(&world).await;
+    assert!(world.log.wait(attached).await.again);
+    world.until(|r| r.vms[0].stage == Stage::Watched && r.vms[0].error.is_none()).await;
+    assert_eq!(world.log.kinds(), ["vm-create", "vm-start", "vm-resume", "log-gap", "vm-attach"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_written_while_it_is_attached() {
+    let world = World::new();
+    world.file("disk.raw", vec![1; 64 << 20]);
+    let disk = world.path("disk.raw");
+    let writing = tokio::task::spawn_blocking(move || {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::options().write(true).open(disk).unwrap();
+        for n in 0..2000 {
+            file.write_all_at(&[n as u8; 512], 0).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    });
+    let args = ["-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root"];
+    let _running = world.qemu("running", &args);
+    assert_eq!(world.log.wait(attached).await.images.len(), 1);
+    let waiting =
+        world.qemu("waiting", &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=none,id=d,file.locking=off"]);
+    let refusal = world.log.wait_kind("vm-refuse").await;
+    assert!(matches!(&refusal, EventBody::VmRefuse(r) if r.item == "d" && r.reason.contains("changed")), "{refusal:?}");
+    drop(waiting);
+    writing.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_without_a_monitor_is_found() {
+    let world = World::new();
+    let mut qemu = world.qemu_elsewhere("b.qmp");
+    let pid = qemu.id().unwrap();
+    drop(world.monitor("b.qmp").await);
+    let find = || unmanaged::find(&Default::default(), std::time::Duration::ZERO).unwrap();
+    let found = find().into_iter().find(|p| p.pid == pid).unwrap();
+    assert!(found.program.ends_with("/qemu-system-x86_64") && found.arguments.contains("b.qmp"), "{found:?}");
+    assert!(!unmanaged::find(&[pid].into(), std::time::Duration::ZERO).unwrap().contains(&found));
+    let old = unmanaged::find(&Default::default(), std::time::Duration::from_secs(3600)).unwrap();
+    assert!(!old.contains(&found));
+    qemu.kill().await.unwrap();
+    assert!(!find().contains(&found));
 }

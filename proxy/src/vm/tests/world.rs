@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -19,7 +19,9 @@ use tempfile::TempDir;
 use tokio::{process::Child, sync::watch, time::timeout};
 
 use crate::{
+    inventory::Inventory,
     qmp::{Limits, Qmp},
+    sink::{BoxFuture, EventSink, SinkError},
     vm::*,
 };
 
@@ -37,19 +39,29 @@ pub(super) struct World {
 pub(super) struct Log {
     records: Mutex<Vec<Vec<Event>>>,
     grown: watch::Sender<usize>,
+    pub(super) inventory: Arc<RwLock<Inventory>>,
+    /// Nothing is logged, and whoever asks is told so.
     pub(super) broken: AtomicBool,
+    /// Everything is logged, and whoever asks is told that it is not.
+    pub(super) lying: AtomicBool,
 }
 
 impl EventSink for Log {
-    fn append(&self, events: Vec<Event>) -> Appended<'_> {
+    fn append(&self, events: Vec<Event>) -> BoxFuture<'_, Result<(), SinkError>> {
         Box::pin(async {
-            if self.broken.load(Ordering::SeqCst) {
-                return Err(SinkError("no space left on device".to_owned()));
+            self.ready().await?;
+            for event in &events {
+                self.inventory.write().unwrap().apply(event);
             }
             self.records.lock().unwrap().push(events);
             self.grown.send_modify(|n| *n += 1);
-            Ok(())
+            if self.lying.load(Ordering::SeqCst) { Err(failure("no TPM")) } else { Ok(()) }
         })
+    }
+
+    fn ready(&self) -> BoxFuture<'_, Result<(), SinkError>> {
+        let broken = self.broken.load(Ordering::SeqCst);
+        Box::pin(async move { if broken { Err(failure("no space left on device")) } else { Ok(()) } })
     }
 }
 
@@ -87,6 +99,10 @@ impl Log {
     }
 }
 
+fn failure(what: &str) -> SinkError {
+    SinkError(Arc::new(std::io::Error::other(what.to_owned())))
+}
+
 impl World {
     pub(super) fn new() -> Self {
         Self::with(None)
@@ -94,12 +110,12 @@ impl World {
 
     pub(super) fn with(references: Option<&str>) -> Self {
         let mut world = Self { dir: tempfile::tempdir().unwrap(), log: Arc::default(), manager: None };
-        world.start(references, Vec::new());
+        world.start(references);
         world
     }
 
     /// Starts a manager in place of the old one.
-    pub(super) fn start(&mut self, references: Option<&str>, open: Vec<OpenSession>) {
+    pub(super) fn start(&mut self, references: Option<&str>) {
         self.manager = None;
         let mut config = Config::new("host-1".parse().unwrap(), BootId([7; 16]), self.path("vms"));
         config.recheck = Duration::from_millis(200);
@@ -111,8 +127,8 @@ impl World {
         config.scan = None;
         let references = references.map(|text| toml::from_str(text).unwrap());
         let sink = Arc::clone(&self.log) as Arc<dyn EventSink>;
-        let clock: Clock = Arc::new(|| TimeMs(1));
-        self.manager = Some(Manager::start(config, sink, clock, references, open).unwrap());
+        let inventory = Arc::clone(&self.log.inventory);
+        self.manager = Some(Manager::start(config, sink, || TimeMs(1), references, inventory).unwrap());
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -139,6 +155,16 @@ impl World {
             .args(["-nodefaults", "-display", "none", "-m", "64", "-qmp"])
             .arg(format!("unix:{},server=on,wait=off", self.socket(vm).display()))
             .args(args)
+            .current_dir(self.dir.path())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Starts QEMU where the manager doesn't look.
+    pub(super) fn qemu_elsewhere(&self, monitor: &str) -> Child {
+        tokio::process::Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-display", "none", "-m", "64", "-M", "none", "-S", "-qmp", &second_monitor(monitor)])
             .current_dir(self.dir.path())
             .kill_on_drop(true)
             .spawn()
