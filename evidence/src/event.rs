@@ -73,6 +73,12 @@ macro_rules! event_bodies {
             /// The kinds that this version knows.
             pub const KINDS: &[&str] = &[$($kind,)*];
 
+            /// Whether it is about a guest's list: such events are in the other register than a VM's life.
+            #[must_use]
+            pub fn is_guest(&self) -> bool {
+                self.kind().starts_with("guest-")
+            }
+
             /// The kind's name as logged.
             #[must_use]
             pub fn kind(&self) -> &str {

@@ -30,6 +30,8 @@ pub struct LoggedVm {
     pub run_state: String,
     /// Its images as last measured.
     pub images: Vec<Image>,
+    /// Events of its life so far; those of its guest's lists are not counted.
+    pub events: u64,
     /// Whether it was measured (a VM that was refused was not).
     pub measured: bool,
     /// Its guest's lists, oldest first.
@@ -61,16 +63,18 @@ impl Inventory {
     pub fn apply(&mut self, event: &Event) {
         let Some(key) = event.vm else { return };
         if let EventBody::VmCreate(body) = &event.body {
-            self.vms.entry(key).or_insert_with(|| LoggedVm {
+            let vm = self.vms.entry(key).or_insert_with(|| LoggedVm {
                 name: body.name.clone(),
                 pid: body.pid,
                 depth: body.depth,
                 run_state: "prelaunch".to_owned(),
                 images: Vec::new(),
+                events: 0,
                 measured: false,
                 boots: Vec::new(),
                 may_reboot: false,
             });
+            vm.events += 1;
             return;
         }
         if let EventBody::VmStop(_) = &event.body {
@@ -78,6 +82,7 @@ impl Inventory {
             return;
         }
         let Some(vm) = self.vms.get_mut(&key) else { return };
+        vm.events += u64::from(!event.body.is_guest());
         match &event.body {
             EventBody::VmStart(body) => {
                 vm.images.clone_from(&body.images);
@@ -90,6 +95,11 @@ impl Inventory {
                 if vm.run_state == "prelaunch" {
                     vm.run_state = "running".to_owned();
                 }
+            }
+            EventBody::ConfigChange(body) => {
+                vm.images.retain(|old| body.images.iter().all(|new| new.slot != old.slot));
+                vm.images.extend_from_slice(&body.images);
+                vm.images.sort_by(|a, b| a.slot.cmp(&b.slot));
             }
             EventBody::VmPause(body) => vm.run_state.clone_from(&body.run_state),
             EventBody::VmResume(body) => vm.run_state.clone_from(&body.run_state),

@@ -1,0 +1,67 @@
+//! What can go wrong in measuring.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::qmp::QmpError;
+
+/// An item that could not be measured.
+#[derive(Debug, thiserror::Error)]
+#[error("{item}{}: {kind}", show(path))]
+pub struct MeasureError {
+    /// The item: a role's word (`kernel`) or an image's slot (`disk0/1`).
+    pub item: String,
+    /// The file, if it is about one.
+    pub path: PathBuf,
+    /// What went wrong.
+    pub kind: MeasureErrorKind,
+}
+
+/// What went wrong with an item.
+#[derive(Debug, thiserror::Error)]
+pub enum MeasureErrorKind {
+    /// The file could not be opened or read.
+    #[error("cannot be read: {0}")]
+    Io(#[from] io::Error),
+    /// The file is not where QEMU looks for it.
+    #[error("not found where QEMU looks for it")]
+    NotFound,
+    /// Neither a regular file nor a block device.
+    #[error("is neither a regular file nor a block device")]
+    NotAFile,
+    /// It changed while it was read.
+    #[error("changed while it was measured")]
+    Changed,
+    /// The path names another file than the one that QEMU opened.
+    #[error("the path no longer names a file that QEMU holds open: it was replaced or removed")]
+    NotHeld,
+    /// There is no way to measure it.
+    #[error("cannot be measured: {0}")]
+    Unsupported(String),
+    /// QEMU did not tell what is needed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+}
+
+impl MeasureError {
+    /// Whether QEMU's monitor is at fault, not the item.
+    pub(crate) fn is_monitor(&self) -> bool {
+        matches!(self.kind, MeasureErrorKind::Qmp(_))
+    }
+
+    /// An error about an item and a file.
+    pub(crate) fn new(item: &str, path: &Path, kind: impl Into<MeasureErrorKind>) -> Self {
+        Self { item: item.to_owned(), path: path.to_owned(), kind: kind.into() }
+    }
+
+    /// An error about an item that is no file.
+    pub(crate) fn of(item: &str, kind: impl Into<MeasureErrorKind>) -> Self {
+        Self::new(item, Path::new(""), kind)
+    }
+}
+
+fn show(path: &Path) -> String {
+    if path.as_os_str().is_empty() { String::new() } else { format!(" ({})", path.display()) }
+}

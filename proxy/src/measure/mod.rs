@@ -1,0 +1,37 @@
+//! Measuring what a VM is made of: files by their digests, and which files there are.
+//!
+//! # What is measured, and through what
+//! QEMU tells its block graph and its machine's kernel, initrd, command line and firmware over QMP; the kernel tells
+//! its program, arguments and open files in `/proc/PID`. A file that QEMU holds open (every local block node) is read
+//! through `/proc/PID/fd`, so that the measured bytes are those of the inode that QEMU has. A block node's path must
+//! still name that inode, else the measurement fails: a path that was exchanged after QEMU opened it is an attack or a
+//! mistake, and neither may start. A file that QEMU read and closed (kernel, initrd, firmware, files named by
+//! arguments) is read by its path, and its inode, size, mtime and ctime must be the same before and after.
+//!
+//! # What this can't see
+//! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with
+//! one another after QEMU opened both, each file is measured, but under the other's slot.
+//!
+//! Nothing is skipped: what cannot be read, or is no local file, is an error that names the item.
+
+mod args;
+mod blocks;
+mod cli;
+mod digest;
+mod error;
+mod file;
+mod machine;
+pub(crate) mod process;
+mod vm;
+
+pub use args::{Arguments, Lookup, NamedFile};
+pub use blocks::{BlockGraph, Leaf};
+pub use cli::measure_files;
+pub use digest::{Digester, Progress};
+pub use error::{MeasureError, MeasureErrorKind};
+pub(crate) use file::measure_path;
+pub use file::{MeasuredFile, Stamp};
+pub use machine::Machine;
+pub use process::{Held, Process};
+pub(crate) use vm::quoted;
+pub use vm::{Kept, Measurement, VmMeter};

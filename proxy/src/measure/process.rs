@@ -1,0 +1,172 @@
+//! A QEMU process as the kernel shows it in `/proc` (Linux `Documentation/filesystems/proc.rst`).
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStringExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use onequote_evidence::id::{BootId, SessionId};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// The longest argument vector in bytes (the kernel's own limit is a quarter of the stack, 2 MiB by default).
+const MAX_ARGUMENTS: u64 = 8 * 1024 * 1024;
+
+/// One process, told from a later one with the same pid by its start time and a pidfd.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    start_time: u64,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// An open regular file or block device of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The descriptor's number in that process.
+    pub fd: u32,
+    /// Device and inode.
+    pub id: (u64, u64),
+}
+
+impl Process {
+    /// Takes hold of a running process. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// When there is none with that pid.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let start_time = start_time(pid)?;
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty())?;
+        #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+        // SAFETY: an `OwnedFd` is open and the same descriptor as long as it lives, and `AsyncFd` owns it.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+        let process = Self { pid, start_time, pidfd };
+        // The pidfd is of the process whose start time was read, if that is still the same now.
+        if self::start_time(pid)? == start_time { Ok(process) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Its session on a host with this boot id.
+    #[must_use]
+    pub fn session(&self, boot: BootId) -> SessionId {
+        SessionId::of_process(boot, self.pid, self.start_time)
+    }
+
+    /// Waits for its end. Safe to cancel.
+    pub async fn ended(&self) {
+        // A pidfd becomes readable when its process ends, and stays so. Waiting fails only when the runtime ends.
+        let _ = self.pidfd.readable().await;
+    }
+
+    /// The program's path as the kernel shows it, for people: ` (deleted)` at its end when it was replaced.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn program(&self) -> io::Result<PathBuf> {
+        fs::read_link(self.path("exe"))
+    }
+
+    /// Opens the program that it runs, even if its path names another by now.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn open_program(&self) -> io::Result<File> {
+        File::open(self.path("exe"))
+    }
+
+    /// Its arguments, the program's name first.
+    ///
+    /// # Errors
+    /// When the process is gone, or has more than 8 MiB of them.
+    pub fn arguments(&self) -> io::Result<Vec<OsString>> {
+        arguments(self.pid)
+    }
+
+    /// Its working directory.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn working_dir(&self) -> io::Result<PathBuf> {
+        fs::read_link(self.path("cwd"))
+    }
+
+    /// Regular files and block devices that it holds open.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn held(&self) -> io::Result<Vec<Held>> {
+        let mut held = Vec::new();
+        for entry in fs::read_dir(self.path("fd"))? {
+            let entry = entry?;
+            let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+            match fs::metadata(entry.path()) {
+                Ok(m) if is_file_or_block(&m) => held.push(Held { fd, id: (m.dev(), m.ino()) }),
+                // Closed meanwhile, or something else: a socket, an event.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        held.sort_by_key(|h| h.fd);
+        Ok(held)
+    }
+
+    /// Opens for reading the file behind one of its descriptors, whatever names it now.
+    ///
+    /// # Errors
+    /// When it cannot be read or is something else by now.
+    pub fn open_held(&self, held: Held) -> io::Result<File> {
+        let file = File::open(self.path("fd").join(held.fd.to_string()))?;
+        let m = file.metadata()?;
+        if (m.dev(), m.ino()) == held.id {
+            Ok(file)
+        } else {
+            Err(io::Error::other(format!("descriptor {} is another file by now", held.fd)))
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        Path::new("/proc").join(self.pid.to_string()).join(name)
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`: clock ticks from the host's boot to the process' start.
+pub(crate) fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+    // The second field, the program's name in parentheses, may itself hold anything.
+    let after = stat.iter().rposition(|&b| b == b')').map(|at| &stat[at + 1..]);
+    after
+        .and_then(|rest| std::str::from_utf8(rest).ok())
+        .and_then(|rest| rest.split_ascii_whitespace().nth(19))
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+}
+
+/// The arguments of a process.
+pub(crate) fn arguments(pid: u32) -> io::Result<Vec<OsString>> {
+    use std::io::Read as _;
+    let mut raw = Vec::new();
+    File::open(format!("/proc/{pid}/cmdline"))?.take(MAX_ARGUMENTS + 1).read_to_end(&mut raw)?;
+    if raw.len() as u64 > MAX_ARGUMENTS {
+        return Err(io::Error::other(format!("process {pid} has more than {MAX_ARGUMENTS} bytes of arguments")));
+    }
+    if raw.last() == Some(&0) {
+        raw.pop();
+    }
+    Ok(raw.split(|&b| b == 0).map(|arg| OsString::from_vec(arg.to_vec())).collect())
+}
+
+fn is_file_or_block(m: &fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt as _;
+    m.is_file() || m.file_type().is_block_device()
+}

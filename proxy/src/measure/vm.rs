@@ -1,0 +1,296 @@
+//! Measuring one VM.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::File,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use onequote_evidence::{
+    digest::{FileDigest, sha256},
+    event::{Component, Image, Role},
+};
+use tokio::io::AsyncReadExt;
+
+use super::{
+    Arguments, BlockGraph, Digester, Held, Leaf, Lookup, Machine, MeasureError, MeasureErrorKind, MeasuredFile,
+    Process,
+    args::{absolute, in_data_dirs},
+    file::{measure_open, measure_path, open},
+};
+use crate::qmp::Qmp;
+
+/// The longest text that is logged with a component. A longer one is logged by its digest alone.
+const MAX_TEXT: usize = 64 * 1024;
+
+/// The longest configuration file that is searched for the names of further files.
+const MAX_CONFIG: u64 = 1024 * 1024;
+
+/// Everything that a VM starts from.
+#[derive(Debug, Clone)]
+pub struct Measurement {
+    /// Parts that are not disk images.
+    pub components: Vec<Component>,
+    /// Every file of every block chain, in ascending order of slots.
+    pub images: Vec<Image>,
+    /// The writable ones among them, kept open.
+    pub kept: Vec<Kept>,
+    /// The block graph's leaves that the images are the files of.
+    pub leaves: Vec<Leaf>,
+}
+
+/// An image that stays open, so that its inode can be measured again when QEMU is gone.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// As it was measured.
+    pub image: Image,
+    /// The file, open for reading.
+    pub file: Arc<File>,
+}
+
+impl Kept {
+    /// Measures it again.
+    ///
+    /// # Errors
+    /// When it cannot be read or changes meanwhile.
+    pub async fn measure_again(&self, digester: &Digester) -> Result<Image, MeasureError> {
+        let fail = |kind: MeasureErrorKind| MeasureError::new(&self.image.slot, Path::new(&self.image.path), kind);
+        let file = self.file.try_clone().map_err(|e| fail(e.into()))?;
+        let now = measure_open(digester, file, false, None).await.map_err(fail)?;
+        Ok(Image { size: now.size, digest: now.digest, ..self.image.clone() })
+    }
+}
+
+/// Measures one VM's parts.
+pub struct VmMeter<'a> {
+    /// The VM's monitor.
+    pub qmp: &'a Qmp,
+    /// Its process.
+    pub process: &'a Process,
+    /// What computes the digests.
+    pub digester: &'a Digester,
+    /// Whether the guest may be running, so that writable images may change while they are read.
+    pub hot: bool,
+}
+
+impl VmMeter<'_> {
+    /// Measures all.
+    ///
+    /// # Errors
+    /// The first item that could not be measured.
+    pub async fn measure(&self) -> Result<Measurement, MeasureError> {
+        let mut components = self.program_and_arguments().await?;
+        components.extend(self.loaded().await?);
+        let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
+        let leaves = graph.leaves()?;
+        let (images, kept) = self.measure_leaves(&leaves).await?;
+        Ok(Measurement { components, images, kept, leaves })
+    }
+
+    /// QEMU's program, its arguments and the files that they name.
+    async fn program_and_arguments(&self) -> Result<Vec<Component>, MeasureError> {
+        let role = Role::QemuBinary;
+        let program = self.program()?;
+        let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), &program, kind);
+        let file = self.process.open_program().map_err(|e| fail(e.into()))?;
+        let measured = measure_open(self.digester, file, false, None).await.map_err(fail)?;
+        let mut components = vec![file_component(role, &program, &measured)];
+
+        let role = Role::Arguments.word();
+        let args = self.process.arguments().map_err(|e| MeasureError::of(role, e))?;
+        components.push(arguments_component(&args));
+
+        let dir = self.working_dir()?;
+        let mut found = Arguments::parse(&args);
+        for config in found.configs.clone() {
+            let path = absolute(&dir, &config);
+            found.add_config(&read_config(&path).await?);
+        }
+        let mut seen = Vec::new();
+        for named in &found.files {
+            let role = Role::ArgumentFile;
+            let path = match named.lookup {
+                Lookup::Path => absolute(&dir, &named.name),
+                Lookup::DataDirs => in_data_dirs(&dir, &program, &found.data_dirs, &named.name)
+                    .ok_or_else(|| MeasureError::new(role.word(), &named.name, MeasureErrorKind::NotFound))?,
+            };
+            if !seen.contains(&path) {
+                components.push(self.by_path(role, &path).await?);
+                seen.push(path);
+            }
+        }
+        Ok(components)
+    }
+
+    /// What QEMU's machine loads: kernel, initrd, command line, firmware.
+    async fn loaded(&self) -> Result<Vec<Component>, MeasureError> {
+        let machine = Machine::ask(self.qmp).await.map_err(|e| MeasureError::of("machine", e))?;
+        let dir = self.working_dir()?;
+        let mut components = Vec::new();
+        for (role, name) in [(Role::Kernel, &machine.kernel), (Role::Initrd, &machine.initrd)] {
+            if !name.is_empty() {
+                components.push(self.by_path(role, &absolute(&dir, Path::new(name))).await?);
+            }
+        }
+        if !machine.kernel.is_empty() || !machine.append.is_empty() {
+            components.push(text_component(Role::KernelCmdline, machine.append.as_bytes(), &machine.append));
+        }
+        if !machine.firmware.is_empty() {
+            let role = Role::Firmware;
+            let name = Path::new(&machine.firmware);
+            let args = self.process.arguments().map_err(|e| MeasureError::of(role.word(), e))?;
+            let dirs = Arguments::parse(&args).data_dirs;
+            let path = in_data_dirs(&dir, &self.program()?, &dirs, name)
+                .ok_or_else(|| MeasureError::new(role.word(), name, MeasureErrorKind::NotFound))?;
+            components.push(self.by_path(role, &path).await?);
+        }
+        Ok(components)
+    }
+
+    /// Measures the files at these leaves of the block graph.
+    ///
+    /// # Errors
+    /// The first slot that could not be measured.
+    pub async fn measure_leaves(&self, leaves: &[Leaf]) -> Result<(Vec<Image>, Vec<Kept>), MeasureError> {
+        let held = self.process.held().map_err(|e| MeasureError::of("open files", e))?;
+        let dir = self.working_dir()?;
+        let mut done: HashMap<(u64, u64), MeasuredFile> = HashMap::new();
+        let (mut images, mut kept) = (Vec::new(), Vec::new());
+        for leaf in leaves {
+            let (path, held) = self.find(leaf, &dir, &held).await?;
+            let measured = match done.get(&held.id) {
+                Some(measured) => measured.clone(),
+                None => {
+                    let fail = |kind: MeasureErrorKind| MeasureError::new(&leaf.slot, &path, kind);
+                    let file = self.process.open_held(held).map_err(|e| fail(e.into()))?;
+                    let hot = self.hot && !leaf.read_only;
+                    measure_open(self.digester, file, hot, None).await.map_err(fail)?
+                }
+            };
+            let image = Image {
+                slot: leaf.slot.clone(),
+                path: path.to_string_lossy().into_owned(),
+                format: leaf.format.clone(),
+                read_only: leaf.read_only,
+                size: measured.size,
+                digest: measured.digest,
+            };
+            if !leaf.read_only {
+                kept.push(Kept { image: image.clone(), file: Arc::clone(&measured.file) });
+            }
+            images.push(image);
+            done.insert(held.id, measured);
+        }
+        Ok((images, kept))
+    }
+
+    /// The path of a leaf's file and the descriptor through which QEMU holds it.
+    async fn find(&self, leaf: &Leaf, dir: &Path, held: &[Held]) -> Result<(PathBuf, Held), MeasureError> {
+        let unsupported = |what: String| MeasureError::of(&leaf.slot, MeasureErrorKind::Unsupported(what));
+        if !matches!(leaf.protocol.as_str(), "file" | "host_device" | "host_cdrom") {
+            return Err(unsupported(format!("{} ({}) is not a local file", leaf.name, leaf.protocol)));
+        }
+        let name = local_name(&leaf.name).ok_or_else(|| unsupported(format!("{} names no file", leaf.name)))?;
+        if let Some(set) = name.strip_prefix("/dev/fdset/") {
+            return self.in_fd_set(leaf, set, held).await;
+        }
+        let path = absolute(dir, Path::new(&name));
+        let not_held = || MeasureError::new(&leaf.slot, &path, MeasureErrorKind::NotHeld);
+        let now = std::fs::metadata(&path).map_err(|_| not_held())?;
+        let held = held.iter().find(|h| h.id == (now.dev(), now.ino())).ok_or_else(not_held)?;
+        Ok((path, *held))
+    }
+
+    /// A file that was handed to QEMU as a descriptor. There is no path that could have been exchanged.
+    async fn in_fd_set(&self, leaf: &Leaf, set: &str, held: &[Held]) -> Result<(PathBuf, Held), MeasureError> {
+        let sets = self.qmp.execute(qapi::qmp::query_fdsets {}).await;
+        let sets = sets.map_err(|e| MeasureError::of(&leaf.slot, e))?;
+        let fds = sets.into_iter().find(|s| s.fdset_id.to_string() == set).map(|s| s.fds).unwrap_or_default();
+        let ids: Vec<Held> =
+            fds.iter().filter_map(|fd| held.iter().find(|h| i64::from(h.fd) == fd.fd).copied()).collect();
+        let unsupported = |what: &str| {
+            let what = format!("{} {what}", leaf.name);
+            MeasureError::of(&leaf.slot, MeasureErrorKind::Unsupported(what))
+        };
+        let first = *ids.first().ok_or_else(|| unsupported("holds no open file"))?;
+        if ids.len() != fds.len() || ids.iter().any(|h| h.id != first.id) {
+            return Err(unsupported("holds several files"));
+        }
+        let shown = std::fs::read_link(format!("/proc/{}/fd/{}", self.process.pid(), first.fd));
+        Ok((shown.unwrap_or_else(|_| PathBuf::from(&leaf.name)), first))
+    }
+
+    async fn by_path(&self, role: Role, path: &Path) -> Result<Component, MeasureError> {
+        let measured = measure_path(self.digester, path, None).await;
+        let measured = measured.map_err(|kind| MeasureError::new(role.word(), path, kind))?;
+        Ok(file_component(role, path, &measured))
+    }
+
+    fn program(&self) -> Result<PathBuf, MeasureError> {
+        self.process.program().map_err(|e| MeasureError::of(Role::QemuBinary.word(), e))
+    }
+
+    fn working_dir(&self) -> Result<PathBuf, MeasureError> {
+        self.process.working_dir().map_err(|e| MeasureError::of("working directory", e))
+    }
+}
+
+/// QEMU shows `json:{…}` where a node has options that a plain name cannot hold.
+fn local_name(name: &str) -> Option<String> {
+    let Some(json) = name.strip_prefix("json:") else {
+        return Some(name.strip_prefix("file:").unwrap_or(name).to_owned());
+    };
+    let value: serde_json::Value = serde_json::from_str(json).ok()?;
+    value.get("filename")?.as_str().map(str::to_owned)
+}
+
+async fn read_config(path: &Path) -> Result<Vec<u8>, MeasureError> {
+    let fail = |kind: MeasureErrorKind| MeasureError::new(Role::ArgumentFile.word(), path, kind);
+    let mut text = Vec::new();
+    let file = tokio::fs::File::from_std(open(path).map_err(fail)?);
+    file.take(MAX_CONFIG + 1).read_to_end(&mut text).await.map_err(|e| fail(e.into()))?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(fail(MeasureErrorKind::Unsupported(format!("a configuration of more than {MAX_CONFIG} bytes"))));
+    }
+    Ok(text)
+}
+
+fn file_component(role: Role, path: &Path, measured: &MeasuredFile) -> Component {
+    let path = path.to_string_lossy().into_owned();
+    Component { role, path, size: measured.size, digest: measured.digest, text: None }
+}
+
+fn text_component(role: Role, bytes: &[u8], text: &str) -> Component {
+    Component {
+        role,
+        path: String::new(),
+        size: bytes.len() as u64,
+        digest: FileDigest::sha256(sha256(&[bytes])),
+        text: (text.len() <= MAX_TEXT).then(|| text.to_owned()),
+    }
+}
+
+/// The digest is over the arguments, each ended by NUL; the text is one that a shell would read the same.
+fn arguments_component(args: &[OsString]) -> Component {
+    let mut bytes = Vec::new();
+    let mut words = Vec::new();
+    for arg in args {
+        bytes.extend_from_slice(arg.as_bytes());
+        bytes.push(0);
+        words.push(quoted(&arg.to_string_lossy()));
+    }
+    text_component(Role::Arguments, &bytes, &words.join(" "))
+}
+
+/// One word as a shell reads it.
+pub(crate) fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./,:+@%^#".contains(c);
+    if !word.is_empty() && word.chars().all(plain) && !word.starts_with('#') {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}

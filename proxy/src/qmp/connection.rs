@@ -1,0 +1,294 @@
+//! One connection to a monitor.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use qapi::Command;
+use serde::Deserialize;
+use serde_json::{Value, value::RawValue};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+    time::timeout,
+};
+
+use super::{Event, Events, Limits, QmpError, events::Queue, line::LineReader};
+
+/// Commands that wait to be written.
+const OUTGOING: usize = 64;
+
+/// An open monitor. Clones share the connection.
+#[derive(Clone)]
+pub struct Qmp {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+    limits: Limits,
+    peer: Option<u32>,
+    version: [i64; 3],
+    _tasks: Arc<Tasks>,
+}
+
+impl Qmp {
+    /// Connects to the monitor at `path` and negotiates.
+    ///
+    /// # Errors
+    /// [`QmpError`]; [`QmpError::is_not_listening`] holds when nobody listens there (yet).
+    pub async fn connect(path: &Path, limits: &Limits) -> Result<(Self, Events), QmpError> {
+        let stream = timeout(limits.greeting, UnixStream::connect(path))
+            .await
+            .map_err(|_| QmpError::NoGreeting(limits.greeting))??;
+        Self::negotiate(stream, limits).await
+    }
+
+    /// Negotiates on a connected socket.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn negotiate(stream: UnixStream, limits: &Limits) -> Result<(Self, Events), QmpError> {
+        let peer = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        let (read, write) = stream.into_split();
+        let mut lines = LineReader::new(read, limits.line);
+        let greeting = timeout(limits.greeting, lines.next())
+            .await
+            .map_err(|_| QmpError::NoGreeting(limits.greeting))??
+            .ok_or(QmpError::Closed)?;
+        let Ok(greeting) = serde_json::from_slice::<Greeting>(&greeting) else {
+            return Err(QmpError::NotQmp(QmpError::excerpt(&greeting)));
+        };
+        let version = greeting.qmp.version.qemu;
+
+        let queue = Queue::new(limits.events);
+        let shared = Arc::new(Shared { next: AtomicU64::new(1), state: Mutex::default() });
+        let (outgoing, queued) = mpsc::channel(OUTGOING);
+        let writer = tokio::spawn(write_lines(write, queued, Arc::clone(&shared), Arc::clone(&queue)));
+        let reader = tokio::spawn(read_lines(lines, Arc::clone(&shared), Arc::clone(&queue)));
+        let tasks = Tasks { handles: [writer.abort_handle(), reader.abort_handle()], queue: Arc::clone(&queue) };
+        let qmp = Self {
+            shared,
+            outgoing,
+            limits: limits.clone(),
+            peer,
+            version: [version.major, version.minor, version.micro],
+            _tasks: Arc::new(tasks),
+        };
+        qmp.execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
+        Ok((qmp, Events(queue)))
+    }
+
+    /// The process id of QEMU as the kernel knows it (`SO_PEERCRED`).
+    #[must_use]
+    pub fn peer_pid(&self) -> Option<u32> {
+        self.peer
+    }
+
+    /// QEMU's version as it greeted: `major.minor.micro`.
+    #[must_use]
+    pub fn version(&self) -> String {
+        let [major, minor, micro] = self.version;
+        format!("{major}.{minor}.{micro}")
+    }
+
+    /// Runs a command. Safe to cancel: its answer is then dropped.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn execute<C: Command>(&self, command: C) -> Result<C::Ok, QmpError> {
+        let arguments = serde_json::to_value(&command)
+            .map_err(|e| QmpError::Answer { command: C::NAME.to_owned(), what: e.to_string() })?;
+        self.call(C::NAME, arguments).await
+    }
+
+    /// Runs a command for which `qapi` has no type, or one that QEMU's answers do not fit.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn call<T: serde::de::DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T, QmpError> {
+        let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let mut line = serde_json::json!({"execute": command, "arguments": arguments, "id": id}).to_string();
+        line.push('\n');
+        let (answer, answered) = oneshot::channel();
+        self.shared.expect(id, answer)?;
+        let _forget = Forget { shared: &self.shared, id };
+        let exchange = async {
+            // Both ends report a closed connection by dropping, and the shared state says why.
+            if self.outgoing.send(line.into_bytes()).await.is_err() {
+                return Err(self.shared.why_closed());
+            }
+            answered.await.map_err(|_| self.shared.why_closed())
+        };
+        let command = || command.to_owned();
+        let reply = timeout(self.limits.reply, exchange)
+            .await
+            .map_err(|_| QmpError::Timeout { command: command(), after: self.limits.reply })??;
+        match reply {
+            Reply::Return(value) => serde_json::from_str(value.get())
+                .map_err(|e| QmpError::Answer { command: command(), what: e.to_string() }),
+            Reply::Error(e) => Err(QmpError::Refused { command: command(), class: e.class, desc: e.desc }),
+        }
+    }
+}
+
+/// Ends the connection with its last user.
+struct Tasks {
+    handles: [AbortHandle; 2],
+    queue: Arc<Queue>,
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.handles.iter().for_each(AbortHandle::abort);
+        self.queue.close(QmpError::Closed);
+    }
+}
+
+/// Takes a caller that went away off the list.
+struct Forget<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.shared.lock().waiting.remove(&self.id);
+    }
+}
+
+struct Shared {
+    next: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: HashMap<u64, oneshot::Sender<Reply>>,
+    closed: Option<QmpError>,
+}
+
+impl Shared {
+    fn expect(&self, id: u64, answer: oneshot::Sender<Reply>) -> Result<(), QmpError> {
+        let mut state = self.lock();
+        match &state.closed {
+            Some(why) => Err(why.clone()),
+            None => {
+                state.waiting.insert(id, answer);
+                Ok(())
+            }
+        }
+    }
+
+    fn close(&self, why: QmpError) {
+        let mut state = self.lock();
+        state.closed.get_or_insert(why);
+        state.waiting.clear();
+    }
+
+    fn why_closed(&self) -> QmpError {
+        self.lock().closed.clone().unwrap_or(QmpError::Closed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here can panic between two changes that belong together.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn write_lines(
+    mut write: OwnedWriteHalf,
+    mut queued: mpsc::Receiver<Vec<u8>>,
+    shared: Arc<Shared>,
+    queue: Arc<Queue>,
+) {
+    while let Some(line) = queued.recv().await {
+        if let Err(e) = write.write_all(&line).await {
+            let why = QmpError::from(e);
+            shared.close(why.clone());
+            queue.close(why);
+            return;
+        }
+    }
+}
+
+async fn read_lines(mut lines: LineReader<OwnedReadHalf>, shared: Arc<Shared>, queue: Arc<Queue>) {
+    let why = loop {
+        match lines.next().await {
+            Ok(Some(line)) => {
+                if let Err(e) = route(&line, &shared, &queue) {
+                    break e;
+                }
+            }
+            Ok(None) => break QmpError::Closed,
+            Err(e) => break e,
+        }
+    };
+    shared.close(why.clone());
+    queue.close(why);
+}
+
+fn route(line: &[u8], shared: &Shared, queue: &Queue) -> Result<(), QmpError> {
+    let rubbish = || QmpError::Rubbish(QmpError::excerpt(line));
+    let message: Message = serde_json::from_slice(line).map_err(|_| rubbish())?;
+    let reply = match message {
+        Message { event: Some(name), data, reply: None, error: None, .. } => {
+            queue.push(match serde_json::from_slice(line) {
+                Ok(event) => Event::Known(Box::new(event)),
+                Err(_) => Event::Other { name, data },
+            });
+            return Ok(());
+        }
+        Message { event: None, reply: Some(value), error: None, .. } => Reply::Return(value),
+        Message { event: None, reply: None, error: Some(e), .. } => Reply::Error(e),
+        _ => return Err(rubbish()),
+    };
+    // Without an id it answers a line that QEMU could not read; all of ours have one.
+    let id = message.id.and_then(|id| id.as_u64()).ok_or_else(rubbish)?;
+    if let Some(answer) = shared.lock().waiting.remove(&id) {
+        // A caller that went away in this moment does not want it.
+        let _ = answer.send(reply);
+    }
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Greeting {
+    #[serde(rename = "QMP")]
+    qmp: GreetingBody,
+}
+
+/// Only what we need: capabilities may be of any kind.
+#[derive(Deserialize)]
+struct GreetingBody {
+    version: qapi::qmp::VersionInfo,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    #[serde(rename = "return")]
+    reply: Option<Box<RawValue>>,
+    error: Option<ErrorBody>,
+    id: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct ErrorBody {
+    class: String,
+    desc: String,
+}
+
+enum Reply {
+    Return(Box<RawValue>),
+    Error(ErrorBody),
+}

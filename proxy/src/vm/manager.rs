@@ -1,0 +1,366 @@
+//! The task that owns all sessions.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use onequote_evidence::{
+    event::{Depth, Event, StopCause, UnmanagedVm, VmStop},
+    id::{BootId, HostId, SessionId},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinHandle, JoinSet},
+    time::{MissedTickBehavior, interval, sleep},
+};
+
+use super::{
+    Clock, LiveVm, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess, is_valid_name,
+    open_sessions,
+    outbox::Outbox,
+    session::Session,
+    unmanaged,
+    watch::{Socket, SocketId, Watch, socket_id},
+};
+use crate::{
+    inventory::Inventory,
+    measure::{self, Digester, MeasureError, Process},
+    qmp::{self, Qmp},
+    sink::EventSink,
+};
+
+/// How VMs are watched.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This host.
+    pub host: HostId,
+    /// Its kernel's boot id.
+    pub boot: BootId,
+    /// The watched folder.
+    pub dir: PathBuf,
+    /// Monitor sockets elsewhere, with their VMs' names. Their folders must exist.
+    pub extra: Vec<(String, PathBuf)>,
+    /// What a monitor's connection may use.
+    pub limits: qmp::Limits,
+    /// How long a socket may refuse connections before it is taken for the remains of a QEMU that ended.
+    pub accept: Duration,
+    /// How long a process may live on after its monitor ended before the monitor counts as lost.
+    pub exit_grace: Duration,
+    /// How often a VM's configuration is compared with what was measured.
+    pub recheck: Duration,
+    /// How long to wait before something that failed is tried again.
+    pub retry: Duration,
+    /// How the host is searched for VMs without a monitor; none to leave it.
+    pub scan: Option<Scan>,
+}
+
+impl Config {
+    /// Usual values.
+    #[must_use]
+    pub fn new(host: HostId, boot: BootId, dir: PathBuf) -> Self {
+        Self {
+            host,
+            boot,
+            dir,
+            extra: Vec::new(),
+            limits: qmp::Limits::default(),
+            accept: Duration::from_secs(10),
+            exit_grace: Duration::from_secs(5),
+            recheck: Duration::from_secs(10),
+            retry: Duration::from_secs(1),
+            scan: Some(Scan::default()),
+        }
+    }
+}
+
+/// What every session needs.
+pub(super) struct Env {
+    pub(super) config: Config,
+    pub(super) sink: Arc<dyn EventSink>,
+    pub(super) clock: Clock,
+    pub(super) inventory: Arc<RwLock<Inventory>>,
+    pub(super) references: Option<References>,
+    pub(super) registry: Registry,
+    pub(super) digester: Digester,
+    known: Mutex<BTreeMap<SessionId, OpenSession>>,
+}
+
+impl Env {
+    /// What the log said about a session before the proxy started, once.
+    pub(super) fn take_known(&self, session: SessionId) -> Option<OpenSession> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&session)
+    }
+}
+
+/// Watches a host's VMs until it is dropped. QEMU goes on without it.
+pub struct Manager {
+    registry: Registry,
+    scans: mpsc::Sender<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+}
+
+impl Manager {
+    /// Begins to watch. `inventory` is kept by whoever takes the events of `sink` in, and has all of the log already; with `references`
+    /// a VM that does not fit them is not let run.
+    ///
+    /// # Errors
+    /// When the folder can be neither watched nor made.
+    pub fn start(
+        config: Config,
+        sink: Arc<dyn EventSink>,
+        clock: Clock,
+        references: Option<References>,
+        inventory: Arc<RwLock<Inventory>>,
+    ) -> io::Result<Self> {
+        let watch = Watch::new(&config.dir, &config.extra)?;
+        let registry = Registry::default();
+        let open = open_sessions(&inventory.read().unwrap_or_else(PoisonError::into_inner));
+        let known = open.into_iter().map(|s| (s.vm.session, s)).collect();
+        let env = Env {
+            config,
+            sink,
+            clock,
+            inventory,
+            references,
+            registry: registry.clone(),
+            digester: Digester::default(),
+            known: Mutex::new(known),
+        };
+        let (scans, wanted) = mpsc::channel(16);
+        let env = Arc::new(env);
+        let keeper = Keeper {
+            env,
+            watch,
+            seen: HashMap::new(),
+            told: HashSet::new(),
+            tasks: JoinSet::new(),
+            started: Instant::now(),
+        };
+        Ok(Self { registry, scans, task: tokio::spawn(keeper.run(wanted)) })
+    }
+
+    /// What is known of VMs.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Searches the host for VMs without a monitor now, and logs new ones. Done when that is in the log.
+    pub async fn scan(&self) {
+        let (done, scanned) = oneshot::channel();
+        if self.scans.send(done).await.is_ok() {
+            // Its end without an answer is the manager's end.
+            let _ = scanned.await;
+        }
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Keeper {
+    env: Arc<Env>,
+    watch: Watch,
+    seen: HashMap<PathBuf, SocketId>,
+    /// Unmanaged processes that are in the log.
+    told: HashSet<UnmanagedProcess>,
+    tasks: JoinSet<()>,
+    started: Instant,
+}
+
+impl Keeper {
+    async fn run(mut self, mut wanted: mpsc::Receiver<oneshot::Sender<()>>) {
+        self.close_open_sessions();
+        let mut look = interval(self.env.config.recheck);
+        let mut scan = interval(self.env.config.scan.as_ref().map_or(Duration::from_secs(3600), |s| s.every));
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = self.watch.changed() => {
+                    if let Err(e) = changed {
+                        // The timer still looks.
+                        tracing::error!("watching {}: {e}", self.env.config.dir.display());
+                        sleep(self.env.config.retry).await;
+                    }
+                    self.look();
+                }
+                _ = look.tick() => self.look(),
+                _ = scan.tick() => self.scan().await,
+                Some(done) = wanted.recv() => {
+                    self.scan().await;
+                    // Who asked may have gone.
+                    let _ = done.send(());
+                }
+                Some(ended) = self.tasks.join_next() => {
+                    if let Err(e) = ended && e.is_panic() {
+                        tracing::error!("a VM's task failed: {e}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts a task for each socket that is new.
+    fn look(&mut self) {
+        let sockets = match self.watch.sockets() {
+            Ok(sockets) => sockets,
+            Err(e) => {
+                tracing::error!("cannot look for monitors in {}: {e}", self.env.config.dir.display());
+                return;
+            }
+        };
+        let registry = &self.env.registry;
+        self.seen.retain(|path, _| {
+            let there = sockets.iter().any(|s| s.path == *path);
+            if !there {
+                registry.trouble(path, None);
+            }
+            there
+        });
+        for socket in sockets {
+            if self.seen.insert(socket.path.clone(), socket.id) != Some(socket.id) {
+                self.tasks.spawn(serve(Arc::clone(&self.env), socket));
+            }
+        }
+    }
+
+    /// Closes the sessions whose processes are gone; waits for the end of those that live on without a monitor.
+    fn close_open_sessions(&mut self) {
+        let known: Vec<_> = self.env.known.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for session in known {
+            let boot = self.env.config.boot;
+            let process = Process::open(session.pid).ok().filter(|p| p.session(boot) == session.vm.session);
+            if process.is_none() {
+                // In the registry from now on, so that a next session of the same VM waits for this one's end.
+                self.env.take_known(session.vm.session);
+                let _ = self.env.registry.enter(ending(&session));
+            }
+            self.tasks.spawn(close_open_session(Arc::clone(&self.env), session, process));
+        }
+    }
+
+    async fn scan(&mut self) {
+        let Some(scan) = self.env.config.scan.clone() else { return };
+        if self.started.elapsed() < scan.older_than {
+            // Monitors that were there before are still being connected to.
+            return;
+        }
+        let managed: HashSet<u32> = self.env.registry.snapshot().vms.iter().map(|vm| vm.pid).collect();
+        let found = tokio::task::spawn_blocking(move || unmanaged::find(&managed, scan.older_than)).await;
+        let found = match found.map_err(io::Error::other).and_then(|found| found) {
+            Ok(found) => found,
+            Err(e) => return tracing::error!("cannot search for VMs without a monitor: {e}"),
+        };
+        self.env.registry.set_unmanaged(found.clone());
+        self.told.retain(|p| found.contains(p));
+        let new: Vec<_> = found.into_iter().filter(|p| !self.told.contains(p)).collect();
+        if new.is_empty() {
+            return;
+        }
+        let time = (self.env.clock)();
+        let event = |p: &UnmanagedProcess| {
+            tracing::warn!(pid = p.pid, program = p.program, "a VM that is not managed");
+            let (program, arguments) = (p.program.clone(), p.arguments.clone());
+            Event { time, vm: None, body: UnmanagedVm { pid: p.pid, program, arguments }.into() }
+        };
+        match self.env.sink.append(new.iter().map(event).collect()).await {
+            Ok(()) => self.told.extend(new),
+            // Tried again at the next search.
+            Err(e) => tracing::error!("{e}"),
+        }
+    }
+}
+
+/// Serves one socket: connects, again where that may help, and lives with the VM behind it.
+async fn serve(env: Arc<Env>, socket: Socket) {
+    let since = Instant::now();
+    let Socket { name, path, id } = socket;
+    let trouble = |error: String| {
+        let trouble = SocketTrouble { name: name.clone(), path: path.clone(), error };
+        if env.registry.trouble(&path, Some(&trouble)) {
+            tracing::error!(vm = %name, socket = %path.display(), "{}", trouble.error);
+        }
+    };
+    if !is_valid_name(&name) {
+        return trouble(format!("{name:?} is no name for a VM: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first"));
+    }
+    while socket_id(&path) == Some(id) {
+        match Qmp::connect(&path, &env.config.limits).await {
+            Ok(monitor) => match Session::meet(Arc::clone(&env), name.clone(), path.clone(), monitor).await {
+                Ok(session) => {
+                    env.registry.trouble(&path, None);
+                    return session.live().await;
+                }
+                Err(e) => trouble(e.to_string()),
+            },
+            Err(e) if e.is_not_listening() => {
+                if since.elapsed() > env.config.accept {
+                    tracing::debug!(socket = %path.display(), "nobody listens: left over from a QEMU that ended");
+                    env.registry.trouble(&path, None);
+                    return;
+                }
+                // Between QEMU's bind and listen there is nothing to wait for but time.
+                sleep(Duration::from_millis(5)).await;
+                continue;
+            }
+            Err(e) => trouble(e.to_string()),
+        }
+        sleep(env.config.retry).await;
+    }
+}
+
+/// Logs the end of a session that the log left open, when nobody else will.
+async fn close_open_session(env: Arc<Env>, session: OpenSession, process: Option<Process>) {
+    if let Some(process) = process {
+        process.ended().await;
+        if env.take_known(session.vm.session).is_none() {
+            // Its monitor was found: the session's own task logs its end.
+            return;
+        }
+        let _ = env.registry.enter(ending(&session));
+    }
+    let (mut images, mut unmeasured) = (Vec::new(), Vec::new());
+    for image in session.images.iter().filter(|i| !i.read_only) {
+        let path = PathBuf::from(&image.path);
+        match measure::measure_path(&env.digester, &path, None).await {
+            Ok(now) => {
+                let mut image = image.clone();
+                (image.size, image.digest) = (now.size, now.digest);
+                images.push(image);
+            }
+            Err(kind) => unmeasured.push(MeasureError::new(&image.slot, &path, kind).to_string()),
+        }
+    }
+    let body = VmStop { cause: StopCause::Unwatched, images, unmeasured }.into();
+    let mut outbox = Outbox::new(session.vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
+    outbox.push(Event { time: (env.clock)(), vm: Some(session.vm), body });
+    while let Err(e) = outbox.flush().await {
+        tracing::error!(vm = %session.name, "{e}");
+        sleep(env.config.retry).await;
+    }
+    env.registry.leave(session.vm);
+}
+
+fn ending(session: &OpenSession) -> LiveVm {
+    LiveVm {
+        vm: session.vm,
+        name: session.name.clone(),
+        pid: session.pid,
+        depth: Depth::Observe,
+        stage: Stage::Ending,
+        logged: true,
+        run_state: "shutdown".to_owned(),
+        guest_cid: None,
+        vsock: None,
+        resets: 0,
+        error: None,
+    }
+}

@@ -1,0 +1,30 @@
+//! Sessions that the log leaves open when the proxy starts.
+
+use onequote_evidence::event::{Image, VmRef};
+
+use crate::inventory::Inventory;
+
+/// A VM's process that the log says was there when the proxy ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenSession {
+    /// The VM and its process.
+    pub vm: VmRef,
+    /// The VM's name.
+    pub name: String,
+    /// QEMU's process id.
+    pub pid: u32,
+    /// Its images as last logged, in ascending order of slots.
+    pub images: Vec<Image>,
+}
+
+/// The sessions of an inventory, all of which have no stop.
+#[must_use]
+pub fn open_sessions(inventory: &Inventory) -> Vec<OpenSession> {
+    let session = |(vm, logged): (&VmRef, &crate::inventory::LoggedVm)| OpenSession {
+        vm: *vm,
+        name: logged.name.clone(),
+        pid: logged.pid,
+        images: logged.images.clone(),
+    };
+    inventory.vms().map(session).collect()
+}

@@ -1,0 +1,174 @@
+//! The first look at a session, and each look anew after a gap: measure, log, let run.
+
+use onequote_evidence::{
+    event::{Depth, EventBody, GapReason, LogGap, VmAttach, VmCreate, VmRefuse, VmStart},
+    id::SessionId,
+};
+
+use super::{
+    registry::{LiveVm, NoticeKind, Stage},
+    session::Session,
+};
+use crate::measure::{self, BlockGraph, MeasureError, Measurement, VmMeter};
+
+/// Why a session is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Occasion {
+    /// It is new.
+    First,
+    /// The log knows it from before a restart of the proxy.
+    ProxyDown,
+    /// Its monitor was lost and found.
+    MonitorLost,
+}
+
+impl Session {
+    /// Takes the session into the registry, measures it, logs it and lets it run.
+    pub(super) async fn assess(&mut self, occasion: Occasion) {
+        let gate = self.facts.run_state == "prelaunch";
+        self.depth = if gate { Depth::Gate } else { Depth::Observe };
+        self.measured = false;
+        if let Err(other) = self.enter().await {
+            self.head(occasion);
+            let reason = format!(
+                "{} (process {}) has the UUID {} of {} (process {}), which is there already",
+                self.name,
+                self.process.pid(),
+                self.vm.vm,
+                other.name,
+                other.pid
+            );
+            return self.refuse(reason, String::new()).await;
+        }
+        let measured = tokio::select! {
+            biased;
+            // There is nothing left to measure or to let run; the life of the session goes on to its end.
+            () = self.process.ended() => return,
+            measured = self.measure(!gate) => measured,
+        };
+        self.head(occasion);
+        match measured {
+            Ok(measurement) if gate => self.let_run(measurement).await,
+            Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
+            Err(e) => self.refuse(e.to_string(), e.item).await,
+        }
+    }
+
+    /// Enters the registry. Waits for an earlier session of the same VM that is ending.
+    async fn enter(&self) -> Result<(), Box<LiveVm>> {
+        loop {
+            let Err(other) = self.env.registry.enter(self.status(Stage::Measuring)) else { return Ok(()) };
+            let lives = measure::process::start_time(other.pid)
+                .is_ok_and(|start| SessionId::of_process(self.env.config.boot, other.pid, start) == other.vm.session);
+            if lives && other.stage != Stage::Ending {
+                let _ = self.env.registry.enter(self.status(Stage::Refused));
+                return Err(other);
+            }
+            tokio::select! {
+                () = self.env.registry.gone(other.vm) => {}
+                // Whoever ends while waiting has nothing to be logged; the next call of anything finds that out.
+                () = self.process.ended() => {
+                    let _ = self.env.registry.enter(self.status(Stage::Refused));
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// What is logged before the outcome.
+    fn head(&mut self, occasion: Occasion) {
+        match occasion {
+            Occasion::First => self.log(VmCreate {
+                name: self.name.clone(),
+                pid: self.process.pid(),
+                depth: self.depth,
+                uuid_given: self.facts.uuid.is_some(),
+                qemu: self.qmp.version(),
+                machine: self.facts.machine.clone(),
+                memory: self.facts.memory,
+                cpus: self.facts.cpus,
+                accelerator: self.facts.accelerator.clone(),
+                guest_cid: self.facts.guest_cid,
+                devices: self.facts.devices.clone(),
+            }),
+            Occasion::ProxyDown => self.log(LogGap {
+                reason: GapReason::ProxyDown,
+                detail: format!("{} was there while the proxy was not; it is measured again", self.name),
+            }),
+            Occasion::MonitorLost => {}
+        }
+        self.created = true;
+    }
+
+    async fn measure(&self, hot: bool) -> Result<Measurement, MeasureError> {
+        VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot }.measure().await
+    }
+
+    async fn let_run(&mut self, measurement: Measurement) {
+        let (env, name) = (std::sync::Arc::clone(&self.env), self.name.clone());
+        if let Some(Err(mismatch)) = env.references.as_ref().map(|r| r.check(&name, &measurement)) {
+            self.keep(&measurement);
+            return self.refuse(mismatch.to_string(), mismatch.item).await;
+        }
+        self.keep(&measurement);
+        self.log(VmStart { components: measurement.components, images: measurement.images });
+        if !self.flush().await {
+            // What is not in the log has not happened: neither later may it say that the VM started.
+            self.outbox.withdraw_start();
+            let reason = self.log_error.clone().unwrap_or_default();
+            return self.refuse(reason, String::new()).await;
+        }
+        // Another monitor may have changed it since it was measured.
+        let leaves = BlockGraph::ask(&self.qmp).await.map_err(|e| MeasureError::of("block graph", e));
+        match leaves.and_then(|graph| graph.leaves()) {
+            Ok(leaves) if leaves == self.leaves => {}
+            Ok(_) => return self.refuse("its images changed since they were measured".into(), String::new()).await,
+            Err(e) => return self.refuse(e.to_string(), e.item).await,
+        }
+        self.measured = true;
+        self.stage(Stage::Watched);
+        self.env.registry.tell(self.vm, NoticeKind::Started);
+        match self.qmp.execute(qapi::qmp::cont {}).await {
+            Ok(_) => tracing::info!(vm = %self.name, "measured, logged and let run"),
+            Err(e) => self.fail(format!("{} is measured and logged, but does not run: {e}", self.name)),
+        }
+    }
+
+    async fn attach(&mut self, measurement: Measurement, again: bool) {
+        let env = std::sync::Arc::clone(&self.env);
+        let mismatch = env.references.as_ref().and_then(|r| r.check(&self.name, &measurement).err());
+        self.keep(&measurement);
+        self.measured = true;
+        self.log(VmAttach { components: measurement.components, images: measurement.images, again });
+        self.stage(Stage::Watched);
+        match mismatch {
+            Some(mismatch) => {
+                self.refuse(format!("it was running already, but should not: {mismatch}"), mismatch.item).await;
+            }
+            None => {
+                self.flush().await;
+                tracing::info!(vm = %self.name, again, "measured while it runs");
+            }
+        }
+        self.env.registry.tell(self.vm, NoticeKind::Started);
+    }
+
+    /// Logs that the VM is not let run, and leaves it as it is.
+    async fn refuse(&mut self, reason: String, item: String) {
+        self.fail(format!("{} is not let run: {reason}", self.name));
+        self.stage(Stage::Refused);
+        self.log(VmRefuse { reason, item });
+        self.flush().await;
+    }
+
+    fn keep(&mut self, measurement: &Measurement) {
+        self.kept.clone_from(&measurement.kept);
+        self.leaves.clone_from(&measurement.leaves);
+    }
+
+    /// Adds an event to those that wait to be logged.
+    pub(super) fn log(&mut self, body: impl Into<EventBody>) {
+        let (time, vm) = ((self.env.clock)(), Some(self.vm));
+        self.outbox.push(onequote_evidence::event::Event { time, vm, body: body.into() });
+    }
+}

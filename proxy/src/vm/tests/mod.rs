@@ -1,0 +1,7 @@
+//! The life cycle against the real QEMU, without guests: machines that never run more than firmware.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod gate;
+mod life;
+mod world;

@@ -1,0 +1,95 @@
+//! Finding VMs that nobody told the proxy about.
+
+use std::{collections::HashSet, fs, io, path::Path, time::Duration};
+
+use serde::Serialize;
+
+use crate::measure::process;
+
+/// Clock ticks a second in `/proc`: part of the kernel's interface on x86 and ARM, whatever its own rate.
+const TICKS: u64 = 100;
+
+/// How the host is searched.
+#[derive(Debug, Clone)]
+pub struct Scan {
+    /// How often.
+    pub every: Duration,
+    /// A younger process may still be on its way to a monitor.
+    pub older_than: Duration,
+}
+
+impl Default for Scan {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(10), older_than: Duration::from_secs(15) }
+    }
+}
+
+/// A process that looks like a VM and is not managed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct UnmanagedProcess {
+    /// Its id.
+    pub pid: u32,
+    /// When it started, in clock ticks since the host's boot.
+    pub start_time: u64,
+    /// Its program's path.
+    pub program: String,
+    /// Its arguments, joined by spaces, cut at 1,024 bytes.
+    pub arguments: String,
+}
+
+/// Looks at every process: its program's name begins with `qemu-system` or is `qemu-kvm`, or it holds `/dev/kvm`.
+/// Processes that may not be looked at are passed over: run the proxy with the rights to see them.
+pub(super) fn find(managed: &HashSet<u32>, older_than: Duration) -> io::Result<Vec<UnmanagedProcess>> {
+    let now = uptime()?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        if pid == std::process::id() || managed.contains(&pid) || !looks_like_vm(&entry.path()) {
+            continue;
+        }
+        let Ok(start_time) = process::start_time(pid) else { continue };
+        let age = now.saturating_sub(Duration::from_millis(start_time.saturating_mul(1000 / TICKS)));
+        if age >= older_than {
+            let program = fs::read_link(entry.path().join("exe")).unwrap_or_default();
+            let arguments = process::arguments(pid).unwrap_or_default();
+            found.push(UnmanagedProcess {
+                pid,
+                start_time,
+                program: program.to_string_lossy().into_owned(),
+                arguments: cut(&arguments.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ")),
+            });
+        }
+    }
+    found.sort_by_key(|p| p.pid);
+    Ok(found)
+}
+
+fn looks_like_vm(proc: &Path) -> bool {
+    let program = fs::read_link(proc.join("exe")).unwrap_or_default();
+    let name = program.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with("qemu-system") || name.starts_with("qemu-kvm") || holds_kvm(&proc.join("fd"))
+}
+
+fn holds_kvm(fds: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(fds) else { return false };
+    entries.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/kvm")))
+}
+
+fn uptime() -> io::Result<Duration> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds: f64 = text
+        .split_ascii_whitespace()
+        .next()
+        .and_then(|s| s.parse().ok())
+        .ok_or_else(|| io::Error::other("/proc/uptime is not understood"))?;
+    Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+}
+
+fn cut(text: &str) -> String {
+    let mut end = text.len().min(1024);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
