@@ -44,11 +44,10 @@ fn main() {
         let mut reached = false;
         let error = match kernel::connect(opened.port) {
             Ok(mut stream) => {
-                let outcome =
-                    session::run(&mut stream, &mut opened.list, &mut opened.count, identity, |resumed| {
-                        reached = true;
-                        log.say(&format!("connected; the host has {resumed} entries"));
-                    });
+                let outcome = session::run(&mut stream, &mut opened.list, &mut opened.count, identity, |resumed| {
+                    reached = true;
+                    log.say(&format!("connected; the host has {resumed} entries"));
+                });
                 match outcome {
                     Ok(never) => match never {},
                     Err(error) => error,

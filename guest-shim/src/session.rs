@@ -179,8 +179,7 @@ impl Inbox {
     }
 
     fn wait<C: Read + AsFd>(&mut self, stream: &mut C, limit: Duration) -> Result<HostFrame, SessionError> {
-        self.poll(stream, limit)?
-            .ok_or_else(|| SessionError::Connection(io::ErrorKind::TimedOut.into()))
+        self.poll(stream, limit)?.ok_or_else(|| SessionError::Connection(io::ErrorKind::TimedOut.into()))
     }
 
     fn take(&mut self) -> Result<Option<HostFrame>, SessionError> {

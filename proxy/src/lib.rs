@@ -3,6 +3,7 @@
 //! Rooms in the order in which data passes: [`log`] and [`tpm`] (one thread owns both), [`guest`] (what guests' kernels
 //! measure), [`attest`] (challenges to evidence), [`serve`] (doors). [`inventory`] is what the log says is there.
 
+pub mod app;
 pub mod attest;
 pub mod cli;
 pub mod config;

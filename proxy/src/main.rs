@@ -1,2 +1,72 @@
-//! To come.
-fn main() {}
+//! The program; everything is in the library.
+#![allow(clippy::print_stdout, reason = "a command's answer goes to standard output")]
+
+use std::{ffi::OsString, io, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use onequote_proxy::{
+    app,
+    cli::{Cli, Command, export_ima, ignore_closed_pipe, print_log, print_status},
+    config::Config,
+    launch, measure,
+};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("ONEQUOTE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("onequote-proxy: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Command::Measure { json, files } = &cli.command {
+        return Ok(measure::measure_files(files, *json, &mut io::stdout().lock())?);
+    }
+    let config = Config::read(&cli.config)?;
+    match cli.command {
+        Command::Init => {
+            let [certificate, ak] = app::init(&config)?;
+            println!("certificate     {}\nattestation key {}", certificate.display(), ak.display());
+            Ok(())
+        }
+        Command::Run => Ok(runtime()?.block_on(app::run(config))?),
+        Command::Launch { name, dry_run, qemu } => start_vm(&config, name, dry_run, qemu),
+        Command::Measure { .. } => Ok(()),
+        Command::Status { json } => {
+            let printed = runtime()?.block_on(print_status(&config.admin_socket(), json, &mut io::stdout().lock()));
+            Ok(ignore_closed_pipe(printed)?)
+        }
+        Command::Log { json, epoch } => {
+            Ok(print_log(&config.log_dir(), epoch, json, &mut io::BufWriter::new(io::stdout().lock()))?)
+        }
+        Command::ExportIma { vm, boot } => {
+            let socket = config.admin_socket();
+            let exported = runtime()?.block_on(export_ima(&socket, &vm, boot, &mut io::stdout().lock()));
+            Ok(ignore_closed_pipe(exported)?)
+        }
+    }
+}
+
+fn start_vm(config: &Config, name: Option<String>, dry_run: bool, command: Vec<OsString>) -> anyhow::Result<()> {
+    let host_vsock = launch::host_has_vsock();
+    let planned = launch::Launch { name, dir: config.vms_dir(), command, host_vsock }.plan()?;
+    for note in &planned.notes {
+        eprintln!("onequote-proxy: {note}");
+    }
+    if dry_run {
+        println!("{}", planned.command_line());
+        return Ok(());
+    }
+    Err(planned.exec().into())
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")
+}

@@ -1,11 +1,19 @@
 //! What the proxy tells people of itself.
 
+use std::sync::{Arc, PoisonError, RwLock};
+
 use onequote_evidence::{
     event::Depth,
     id::{Epoch, HostId, SessionId, VmId},
-    statement::Unmanaged,
 };
 use serde::Serialize;
+
+use crate::{
+    guest::Room,
+    inventory::Inventory,
+    log::LogHandle,
+    vm::{Registry, SocketTrouble, Stage, UnmanagedProcess},
+};
 
 /// The proxy's state, for `status` and `GET /v1/status`.
 #[derive(Debug, Serialize)]
@@ -22,10 +30,14 @@ pub struct Status {
     pub tpm: String,
     /// Whether the TPM is software: no root of trust.
     pub software_tpm: bool,
+    /// What keeps log or TPM from working.
+    pub failure: Option<String>,
     /// Managed VMs.
     pub vms: Vec<VmStatus>,
+    /// Monitor sockets that lead to no VM.
+    pub sockets: Vec<SocketTrouble>,
     /// QEMU processes that are not managed.
-    pub unmanaged: Vec<Unmanaged>,
+    pub unmanaged: Vec<UnmanagedProcess>,
 }
 
 /// One VM.
@@ -33,16 +45,18 @@ pub struct Status {
 pub struct VmStatus {
     /// Its name.
     pub name: String,
-    /// Its UUID; none before its monitor answered.
-    pub uuid: Option<VmId>,
+    /// Its UUID.
+    pub uuid: VmId,
     /// Its QEMU process.
-    pub session: Option<SessionId>,
+    pub session: SessionId,
     /// QEMU's process id.
-    pub pid: Option<u32>,
-    /// QEMU's run state, or what the proxy is doing with it.
+    pub pid: u32,
+    /// QEMU's run state.
     pub run_state: String,
+    /// Where it is in its life.
+    pub stage: Stage,
     /// How it is watched.
-    pub depth: Option<Depth>,
+    pub depth: Depth,
     /// Guest boots in this session.
     pub boots: usize,
     /// Entries of the current boot that are in the log.
@@ -57,4 +71,55 @@ pub struct VmStatus {
 pub trait StatusSource: Send + Sync + 'static {
     /// The state now.
     fn status(&self) -> Status;
+}
+
+/// The state of the running proxy.
+pub struct LiveStatus {
+    /// The host.
+    pub host: HostId,
+    /// The log.
+    pub log: LogHandle,
+    /// What the log says is there.
+    pub inventory: Arc<RwLock<Inventory>>,
+    /// The VMs.
+    pub registry: Registry,
+    /// The guests.
+    pub room: Arc<Room>,
+}
+
+impl StatusSource for LiveStatus {
+    fn status(&self) -> Status {
+        let head = self.log.head().ok();
+        let tpm = self.log.tpm().ok();
+        let live = self.registry.snapshot();
+        let inventory = self.inventory.read().unwrap_or_else(PoisonError::into_inner);
+        let vms = live.vms.into_iter().map(|vm| {
+            let boots = inventory.vm(&vm.vm).map(|logged| logged.boots.as_slice()).unwrap_or_default();
+            VmStatus {
+                name: vm.name,
+                uuid: vm.vm.vm,
+                session: vm.vm.session,
+                pid: vm.pid,
+                run_state: vm.run_state,
+                stage: vm.stage,
+                depth: vm.depth,
+                boots: boots.len(),
+                entries: boots.last().map_or(0, |boot| boot.count),
+                last_contact_ms: self.room.last_contact(&vm.vm).and_then(|age| u64::try_from(age.as_millis()).ok()),
+                error: vm.error,
+            }
+        });
+        Status {
+            host: self.host.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            epoch: head.as_ref().map(|head| head.epoch),
+            log_len: head.map_or(0, |head| head.log_len),
+            tpm: tpm.as_ref().map(|tpm| tpm.model.to_string()).unwrap_or_default(),
+            software_tpm: tpm.is_some_and(|tpm| tpm.software),
+            failure: self.log.failure().map(|e| e.to_string()),
+            vms: vms.collect(),
+            sockets: live.sockets,
+            unmanaged: live.unmanaged,
+        }
+    }
 }

@@ -30,28 +30,20 @@ impl Cache {
     pub(crate) fn open() -> Result<Self> {
         let base = match std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
             Some(folder) => PathBuf::from(folder),
-            None => PathBuf::from(
-                std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?,
-            )
-            .join(".cache"),
+            None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+                .join(".cache"),
         };
         Self::at(base.join("onequote"))
     }
 
     /// A cache in `folder`, which is made.
     pub(crate) fn at(folder: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&folder)
-            .with_context(|| format!("cannot make the cache folder {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make the cache folder {}", folder.display()))?;
         Ok(Self { folder })
     }
 
     /// The folder of entry `name` for `key`; `build` fills an empty folder when there is none or it is damaged.
-    pub(crate) fn entry(
-        &self,
-        name: &str,
-        key: &Key,
-        build: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<PathBuf> {
+    pub(crate) fn entry(&self, name: &str, key: &Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let lock = File::create(self.folder.join(format!("{name}.lock")))?;
         let _lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, error)| error)

@@ -11,9 +11,7 @@ use anyhow::{Context as _, Result, bail};
 /// The program is missing or fails; the text has its name and the end of what it wrote.
 pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .output()
-        .with_context(|| format!("cannot start {name} (is its package installed?)"))?;
+    let output = command.output().with_context(|| format!("cannot start {name} (is its package installed?)"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("{name} failed ({}): {}", output.status, said.trim());

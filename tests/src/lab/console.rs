@@ -30,11 +30,7 @@ impl Console {
     /// The console of the VM in `folder`.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self {
-            socket: folder.join("console.sock"),
-            log: folder.join("console.log"),
-            number: 0,
-        }
+        Self { socket: folder.join("console.sock"), log: folder.join("console.log"), number: 0 }
     }
 
     /// All that the guest wrote since QEMU started.
@@ -57,8 +53,8 @@ impl Console {
     pub fn ask(&mut self, command: &str, limit: Duration) -> Result<Answer> {
         self.number += 1;
         let number = self.number;
-        let mut stream = UnixStream::connect(&self.socket)
-            .with_context(|| format!("no console at {}", self.socket.display()))?;
+        let mut stream =
+            UnixStream::connect(&self.socket).with_context(|| format!("no console at {}", self.socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_millis(100)))?;
         stream.write_all(format!("{number} {command}\n").as_bytes())?;
         let start = Instant::now();
@@ -93,10 +89,7 @@ fn find_answer(text: &str, number: u64) -> Option<Answer> {
     let end = format!("onequote-guest: end {number} ");
     let at = body.find(&end)?;
     let (status, _) = body[at + end.len()..].split_once('\n')?;
-    Some(Answer {
-        status: status.trim().parse().ok()?,
-        output: body[..at].to_owned(),
-    })
+    Some(Answer { status: status.trim().parse().ok()?, output: body[..at].to_owned() })
 }
 
 #[cfg(test)]

@@ -46,10 +46,7 @@ impl Machine {
 
     /// Where `qemu-configs` is.
     pub(crate) fn template(self) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../qemu-configs")
-            .join(self.name())
-            .with_extension("cfg")
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../qemu-configs").join(self.name()).with_extension("cfg")
     }
 
     /// Fills `folder` with copies of all that the VM is started from (so that a test may change one byte and hurt
@@ -151,9 +148,7 @@ fn ticks() -> u64 {
 /// A copy of its own, sharing blocks where the file system can.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     command::output(
-        Command::new("cp")
-            .args(["--reflink=auto", "--sparse=auto", "--no-preserve=mode", "--"])
-            .args([from, to]),
+        Command::new("cp").args(["--reflink=auto", "--sparse=auto", "--no-preserve=mode", "--"]).args([from, to]),
     )?;
     Ok(())
 }

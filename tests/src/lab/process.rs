@@ -55,12 +55,7 @@ impl Process {
             .stderr(file)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            child,
-            log: log.to_owned(),
-            detached,
-        })
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned(), detached })
     }
 
     /// The process id, also that of its group.
@@ -156,9 +151,7 @@ impl Drop for Process {
 /// The last `lines` lines of a file, or why they cannot be had.
 pub(crate) fn tail(file: &Path, lines: usize) -> String {
     match std::fs::read(file) {
-        Ok(bytes) => {
-            last_lines(&String::from_utf8_lossy(&bytes), lines)
-        }
+        Ok(bytes) => last_lines(&String::from_utf8_lossy(&bytes), lines),
         Err(error) => format!("({}: {error})", file.display()),
     }
 }
@@ -180,10 +173,9 @@ mod tests {
         command.args(["-c", "sleep 1000 & echo $! ; wait"]);
         let log = folder.path().join("log");
         let process = Process::spawn("sh", &command, &log, false).unwrap();
-        let child: u32 = wait::until("its child", Duration::from_secs(5), || {
-            Ok(std::fs::read_to_string(&log)?.trim().parse().ok())
-        })
-        .unwrap();
+        let child: u32 =
+            wait::until("its child", Duration::from_secs(5), || Ok(std::fs::read_to_string(&log)?.trim().parse().ok()))
+                .unwrap();
         drop(process);
         wait::for_true("the child to go", Duration::from_secs(5), || {
             let stat = std::fs::read_to_string(format!("/proc/{child}/stat"));

@@ -20,8 +20,7 @@ impl Qmp {
     /// # Errors
     /// There is no monitor, or it has a client already and does not answer within ten seconds.
     pub fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)
-            .with_context(|| format!("no monitor at {}", socket.display()))?;
+        let stream = UnixStream::connect(socket).with_context(|| format!("no monitor at {}", socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut qmp = Self { reader: BufReader::new(stream) };
         let greeting = qmp.line()?;

@@ -38,12 +38,7 @@ impl Tpm {
     pub fn start(folder: &Path, detached: bool, count: bool) -> Result<Self> {
         fs::create_dir_all(folder.join("state"))?;
         let process = spawn(folder, detached, count)?;
-        Ok(Self {
-            folder: folder.to_owned(),
-            process,
-            detached,
-            count,
-        })
+        Ok(Self { folder: folder.to_owned(), process, detached, count })
     }
 
     /// The TCTI by which the proxy and tpm2-tools reach it.
@@ -133,13 +128,7 @@ fn count(log: &str) -> BTreeMap<TpmCommand, u64> {
         if !line.contains("SWTPM_IO_Read:") {
             continue;
         }
-        let digits: String = lines
-            .next()
-            .unwrap_or_default()
-            .split_whitespace()
-            .skip(6)
-            .take(4)
-            .collect();
+        let digits: String = lines.next().unwrap_or_default().split_whitespace().skip(6).take(4).collect();
         if let Ok(code) = u32::from_str_radix(&digits, 16) {
             *counts.entry(TpmCommand(code)).or_default() += 1;
         }

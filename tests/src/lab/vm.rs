@@ -184,9 +184,8 @@ impl Vm {
         if let Some(qemu) = &mut self.qemu {
             ensure!(qemu.exited()?.is_some(), "VM {} runs already", self.spec.name);
         }
-        let mut arguments: Vec<String> = ["-nodefaults", "-no-user-config", "-display", "none", "-readconfig", "vm.cfg"]
-            .map(str::to_owned)
-            .to_vec();
+        let mut arguments: Vec<String> =
+            ["-nodefaults", "-no-user-config", "-display", "none", "-readconfig", "vm.cfg"].map(str::to_owned).to_vec();
         arguments.extend(["-name".to_owned(), self.spec.name.clone()]);
         self.back_end = None;
         if self.spec.vsock {

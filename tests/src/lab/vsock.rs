@@ -99,11 +99,7 @@ pub(crate) fn attach(
                 let _ = fs::remove_file(old);
             }
             let mut back_end = Command::new(program);
-            back_end.arg("--vm").arg(format!(
-                "guest-cid={cid},socket={},uds-path={}",
-                socket.display(),
-                uds.display()
-            ));
+            back_end.arg("--vm").arg(format!("guest-cid={cid},socket={},uds-path={}", socket.display(), uds.display()));
             let log = folder.join("vsock.log");
             let mut process = Process::spawn(BACK_END, &back_end, &log, detached)?;
             wait::for_true("the vsock back end's socket", Duration::from_secs(10), || {

@@ -11,11 +11,7 @@ const STEP: Duration = Duration::from_millis(5);
 ///
 /// # Errors
 /// What the condition's own error was, or, after `limit`, that `what` did not come.
-pub fn until<T>(
-    what: &str,
-    limit: Duration,
-    mut condition: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+pub fn until<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
         if let Some(value) = condition()? {
@@ -32,10 +28,6 @@ pub fn until<T>(
 ///
 /// # Errors
 /// As [`until`].
-pub fn for_true(
-    what: &str,
-    limit: Duration,
-    mut condition: impl FnMut() -> Result<bool>,
-) -> Result<()> {
+pub fn for_true(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     until(what, limit, || Ok(condition()?.then_some(())))
 }

@@ -147,10 +147,7 @@ impl World {
     /// # Errors
     /// There is none.
     pub fn vm(&mut self, name: &str) -> Result<&mut Vm> {
-        self.vms
-            .iter_mut()
-            .find(|vm| vm.name() == name)
-            .with_context(|| format!("no VM {name} in this world"))
+        self.vms.iter_mut().find(|vm| vm.name() == name).with_context(|| format!("no VM {name} in this world"))
     }
 
     /// All VMs.

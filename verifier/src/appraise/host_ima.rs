@@ -49,9 +49,8 @@ pub fn check<'a>(
     let (mut modern, mut padded) = (Sha256::ZERO, Sha256::ZERO);
     let mut believed = (target == Sha256::ZERO).then_some(0);
     for entry in ListReader::new(list, SHA1_HASH_SIZE) {
-        let entry = entry.map_err(|e| {
-            Finding::new(Code::HostImaMalformed, format!("entry {}", entries.len())).actual(e)
-        })?;
+        let entry =
+            entry.map_err(|e| Finding::new(Code::HostImaMalformed, format!("entry {}", entries.len())).actual(e))?;
         if entry.pcr == u32::from(IMA_PCR) {
             modern = extend_sha256(&modern, &Aggregate::digest(&entry));
             let mut digest = Sha256::ZERO;

@@ -45,10 +45,7 @@ pub fn check<'a>(
             findings.push(finding.actual(why));
         }
         let vm_ref = VmRef { vm: vm.vm, session: vm.session };
-        present.insert(
-            (vm.vm, vm.session),
-            Present { vm: vm_ref, name: vm.name.clone(), stated: Some(vm), session },
-        );
+        present.insert((vm.vm, vm.session), Present { vm: vm_ref, name: vm.name.clone(), stated: Some(vm), session });
     }
     for (id, session) in sessions.by_id.iter().filter(|(_, s)| !s.stopped) {
         let vm_ref = VmRef { vm: session.vm, session: *id };

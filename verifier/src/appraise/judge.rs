@@ -17,12 +17,7 @@ use crate::{
 
 /// Judges the host's registers. The caller must trust their values.
 #[must_use]
-pub fn host(
-    rule: &HostRule,
-    quoted: &QuotedRegisters,
-    software_tpm: bool,
-    skipped: &mut Vec<Skipped>,
-) -> Vec<Finding> {
+pub fn host(rule: &HostRule, quoted: &QuotedRegisters, software_tpm: bool, skipped: &mut Vec<Skipped>) -> Vec<Finding> {
     let mut findings = Vec::new();
     if software_tpm && rule.software_tpm == Some(false) {
         findings.push(Finding::new(Code::SoftwareTpm, "TPM"));
@@ -89,14 +84,7 @@ fn components(start: &VmStart, rule: &VmRule) -> Vec<Finding> {
             findings.push(Finding::new(code(component.role), item).expected(allowed).actual(shown(component)));
         }
     }
-    let demanded = [
-        Role::QemuBinary,
-        Role::Arguments,
-        Role::Kernel,
-        Role::Initrd,
-        Role::KernelCmdline,
-        Role::Firmware,
-    ];
+    let demanded = [Role::QemuBinary, Role::Arguments, Role::Kernel, Role::Initrd, Role::KernelCmdline, Role::Firmware];
     for role in demanded.into_iter().filter(|role| !seen.contains_key(role)) {
         let allowed = rule.allowed(role);
         if matches!(allowed, Allowed::Digests(list) if !list.is_empty()) {

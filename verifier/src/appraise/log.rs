@@ -73,9 +73,9 @@ pub fn check(
                 replay = Some(begun);
             }
         }
-        let content = record.events().map_err(|e| {
-            Finding::new(Code::LogMalformed, format!("record {}", record.recnum)).actual(e)
-        })?;
+        let content = record
+            .events()
+            .map_err(|e| Finding::new(Code::LogMalformed, format!("record {}", record.recnum)).actual(e))?;
         events.extend(content.into_iter().map(|event| (record.recnum, event)));
         if let (Some(replay), Some(accepted)) = (&replay, accepted)
             && replay.len() == accepted.records

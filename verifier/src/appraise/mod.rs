@@ -166,8 +166,7 @@ fn prove(
     };
     signature::check_key(context.ak).map_err(|f| fail(f, None, None))?;
     let head = &evidence.head;
-    let quoted =
-        signature::check(context.ak, &head.attest.0, &head.signature.0).map_err(|f| fail(f, None, None))?;
+    let quoted = signature::check(context.ak, &head.attest.0, &head.signature.0).map_err(|f| fail(f, None, None))?;
     let stated = freshness::check(&quoted, head, context.freshness, context.now, skipped)
         .map_err(|f| fail(f, Some(&quoted), None))?;
     let with = |f| fail(f, Some(&quoted), Some(&stated));
@@ -267,11 +266,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
 }
 
 /// Lists that were true this time, and what was accepted of those that were not.
-fn accepted_guests(
-    guests: &guests::Guests<'_>,
-    before: &[AcceptedGuest],
-    statement: &Statement,
-) -> Vec<AcceptedGuest> {
+fn accepted_guests(guests: &guests::Guests<'_>, before: &[AcceptedGuest], statement: &Statement) -> Vec<AcceptedGuest> {
     let mut accepted: Vec<AcceptedGuest> = (guests.lists.iter())
         .map(|list| AcceptedGuest {
             session: list.session,

@@ -143,7 +143,9 @@ impl Fold<'_> {
                 self.out.notes.push(note);
             }
             EventBody::ProxyStart(start) if recnum > 0 => {
-                self.out.notes.push(format!("record {recnum}: the proxy (version {}) was started again", start.version));
+                self.out
+                    .notes
+                    .push(format!("record {recnum}: the proxy (version {}) was started again", start.version));
             }
             EventBody::ProxyStart(_) => {}
             EventBody::Unknown { kind, .. } => self.out.findings.push(unknown(recnum, kind)),
@@ -183,8 +185,7 @@ impl Fold<'_> {
     fn start(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: &VmStart, rule: Option<&VmRule>) {
         let tree = self.vm(vm.vm);
         let findings = images::start(tree, vm.session, &start.images, rule, time, images::Seen::BeforeItRan);
-        tree.session =
-            Some(KnownSession { session: vm.session, start: Blob(cbor::encode(start)), record: recnum });
+        tree.session = Some(KnownSession { session: vm.session, start: Blob(cbor::encode(start)), record: recnum });
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
             session.findings.extend(findings);
             session.start = Some(start.clone());
@@ -193,15 +194,7 @@ impl Fold<'_> {
         }
     }
 
-    fn attach(
-        &mut self,
-        recnum: u64,
-        time: TimeMs,
-        vm: VmRef,
-        start: VmStart,
-        again: bool,
-        rule: Option<&VmRule>,
-    ) {
+    fn attach(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>) {
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
         let tree = self.out.tree.vms.entry(vm.vm).or_default();
         if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {

@@ -54,8 +54,8 @@ pub fn check_key(ak: &Public) -> Result<(), Finding> {
 /// # Errors
 /// The finding.
 pub fn check(ak: &Public, attest: &[u8], signature: &[u8]) -> Result<Quoted, Finding> {
-    let signature = Signature::parse(signature)
-        .map_err(|e| Finding::new(Code::SignatureMalformed, "signature").actual(e))?;
+    let signature =
+        Signature::parse(signature).map_err(|e| Finding::new(Code::SignatureMalformed, "signature").actual(e))?;
     let claimed = match &signature {
         Signature::Ecdsa { hash, .. } => SigScheme::Ecdsa(*hash),
         Signature::RsaSsa { hash, .. } => SigScheme::RsaSsa(*hash),

@@ -86,7 +86,8 @@ impl std::str::FromStr for FileHash {
     fn from_str(text: &str) -> Result<Self, String> {
         let (alg, value) = text.split_once(':').unwrap_or(("", text));
         let value = hex::decode(value).map_err(|_| format!("{text:?} is not ALGORITHM:HEX"))?;
-        let known = HashAlg::ALL.into_iter().find(|known| known.name() == alg || alg.is_empty() && known.size() == value.len());
+        let known =
+            HashAlg::ALL.into_iter().find(|known| known.name() == alg || alg.is_empty() && known.size() == value.len());
         match known {
             Some(known) if known.size() != value.len() => {
                 Err(format!("{text:?}: a {known} digest has {} bytes", known.size()))

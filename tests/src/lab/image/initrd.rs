@@ -12,12 +12,7 @@ use crate::lab::cache::{Cache, Key};
 const INIT: &str = include_str!("init.sh");
 
 /// From the cache, or packed.
-pub(crate) fn prepare(
-    cache: &Cache,
-    kernel: &Kernel,
-    busybox: &Path,
-    shim: &Path,
-) -> Result<PathBuf> {
+pub(crate) fn prepare(cache: &Cache, kernel: &Kernel, busybox: &Path, shim: &Path) -> Result<PathBuf> {
     let mut key = Key::new(1).text(INIT).file(busybox)?.file(shim)?;
     for module in modules(kernel) {
         key = key.file(&module)?;
@@ -44,8 +39,5 @@ pub(crate) fn prepare(
 }
 
 fn modules(kernel: &Kernel) -> impl Iterator<Item = PathBuf> {
-    MODULES
-        .iter()
-        .map(|name| kernel.modules.join(format!("{name}.ko")))
-        .filter(|file| file.exists())
+    MODULES.iter().map(|name| kernel.modules.join(format!("{name}.ko"))).filter(|file| file.exists())
 }

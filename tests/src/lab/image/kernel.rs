@@ -68,8 +68,7 @@ fn build(package: &Package, folder: &Path) -> Result<()> {
     for module in MODULES {
         let prefix = format!("{module}.ko");
         let file = find(&root, &|name| {
-            name.strip_prefix(&prefix)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            name.strip_prefix(&prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         })?;
         // A later kernel may have it built in; the guest's init says what did not load.
         let Some(file) = file else { continue };
@@ -84,26 +83,18 @@ fn build(package: &Package, folder: &Path) -> Result<()> {
 /// The compressed kernel inside a boot image (Linux, `Documentation/arch/x86/boot.rst`: `setup_sects` at 0x1f1,
 /// `payload_offset` at 0x248 and `payload_length` at 0x24c, little-endian).
 fn payload(image: &[u8]) -> Result<&[u8]> {
-    ensure!(
-        image.get(0x202..0x206) == Some(b"HdrS"),
-        "the kernel image has no boot header"
-    );
+    ensure!(image.get(0x202..0x206) == Some(b"HdrS"), "the kernel image has no boot header");
     let sectors = match image[0x1f1] {
         0 => 4,
         count => usize::from(count),
     };
     let start = (sectors + 1) * 512 + word(image, 0x248)?;
     let end = start + word(image, 0x24c)?;
-    image
-        .get(start..end)
-        .context("the kernel image ends before its payload does")
+    image.get(start..end).context("the kernel image ends before its payload does")
 }
 
 fn word(bytes: &[u8], at: usize) -> Result<usize> {
-    let word = bytes
-        .get(at..at + 4)
-        .and_then(|part| part.try_into().ok())
-        .context("the kernel image is cut short")?;
+    let word = bytes.get(at..at + 4).and_then(|part| part.try_into().ok()).context("the kernel image is cut short")?;
     Ok(u32::from_le_bytes(word) as usize)
 }
 
@@ -127,9 +118,7 @@ fn lz4_legacy(bytes: &[u8]) -> Result<Vec<u8>> {
     let mut at = 4;
     while at < end && expanded.len() < size {
         let length = word(bytes, at)?;
-        let block = bytes
-            .get(at + 4..at + 4 + length)
-            .context("the kernel's LZ4 data is cut short")?;
+        let block = bytes.get(at + 4..at + 4 + length).context("the kernel's LZ4 data is cut short")?;
         expanded.extend(lz4_flex::block::decompress(block, BLOCK)?);
         at += 4 + length;
     }

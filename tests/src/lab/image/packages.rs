@@ -17,28 +17,18 @@ pub(crate) struct Package {
 impl Package {
     /// Asks apt for the candidate version of `name`.
     pub(crate) fn candidate(name: &str) -> Result<Self> {
-        let shown = command::text(Command::new("apt-cache").env("LC_ALL", "C").args([
-            "show",
-            "--no-all-versions",
-            name,
-        ]))
-        .with_context(|| format!("apt knows no package {name}: run `apt-get update` as root"))?;
-        let version = field(&shown, "Version")
-            .with_context(|| format!("apt shows no version of package {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            version: version.to_owned(),
-        })
+        let shown =
+            command::text(Command::new("apt-cache").env("LC_ALL", "C").args(["show", "--no-all-versions", name]))
+                .with_context(|| format!("apt knows no package {name}: run `apt-get update` as root"))?;
+        let version = field(&shown, "Version").with_context(|| format!("apt shows no version of package {name}"))?;
+        Ok(Self { name: name.to_owned(), version: version.to_owned() })
     }
 
     /// The first package that meta-package `name` depends on.
     pub(crate) fn behind(name: &str) -> Result<Self> {
-        let shown = command::text(Command::new("apt-cache").env("LC_ALL", "C").args([
-            "show",
-            "--no-all-versions",
-            name,
-        ]))
-        .with_context(|| format!("apt knows no package {name}: run `apt-get update` as root"))?;
+        let shown =
+            command::text(Command::new("apt-cache").env("LC_ALL", "C").args(["show", "--no-all-versions", name]))
+                .with_context(|| format!("apt knows no package {name}: run `apt-get update` as root"))?;
         let first = field(&shown, "Depends")
             .and_then(|list| list.split([',', ' ', '|']).next())
             .with_context(|| format!("package {name} depends on nothing"))?;
@@ -71,10 +61,7 @@ impl Package {
 }
 
 fn field<'a>(shown: &'a str, name: &str) -> Option<&'a str> {
-    shown
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-        .map(str::trim)
+    shown.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).map(str::trim)
 }
 
 #[cfg(test)]

@@ -18,13 +18,7 @@ const FIRST_SECTOR: u64 = 2048;
 const ESP_SIZE: u64 = 40 << 20;
 
 /// From the cache, or made.
-pub(crate) fn prepare(
-    cache: &Cache,
-    kernel: &Kernel,
-    initrd: &Path,
-    disk: &Path,
-    cmdline: &str,
-) -> Result<PathBuf> {
+pub(crate) fn prepare(cache: &Cache, kernel: &Kernel, initrd: &Path, disk: &Path, cmdline: &str) -> Result<PathBuf> {
     let key = Key::new(1)
         .file(Path::new(STUB))
         .context("the package systemd-boot-efi is needed")?
@@ -57,9 +51,7 @@ fn unified_image(folder: &Path, kernel: &Kernel, initrd: &Path, cmdline: &str) -
     fs::write(&os_release, "ID=onequote-lab\nNAME=\"onequote lab guest\"\n")?;
     fs::write(&cmdline_file, cmdline)?;
     let shown = command::text(Command::new("objdump").args(["-h", "-w", STUB]))?;
-    let mut address = stub_end(&shown)
-        .context("objdump shows no sections in systemd's stub")?
-        .next_multiple_of(4096);
+    let mut address = stub_end(&shown).context("objdump shows no sections in systemd's stub")?.next_multiple_of(4096);
     let mut objcopy = Command::new("objcopy");
     for (section, file) in [
         (".osrel", os_release.as_path()),

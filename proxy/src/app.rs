@@ -1,0 +1,333 @@
+//! The rooms put together: what `run` starts, in which order, and when it ends.
+//!
+//! The log comes first: until it agrees with the TPM nothing is measured and nobody is answered. Then the guests'
+//! room, so that a VM's guest finds its door open; then the VMs; then the verifiers' door. The process ends on SIGINT
+//! or SIGTERM, and when the log begins a new epoch while it runs: whatever was measured is then in a log that
+//! evidence no longer shows, and a new start measures everything again.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, RwLock},
+    time::SystemTime,
+};
+
+use onequote_evidence::{
+    digest::HashAlg,
+    event::{Event, VmRef},
+    id::{BootId, EpochId, TimeMs},
+    pcr::QUOTED_PCRS,
+    statement::Unmanaged,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::broadcast::error::RecvError,
+    task::JoinSet,
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    attest::Attester,
+    config::{Config, ConfigError},
+    guest::{self, Listeners, Room, VmDirectory},
+    identity::{Identity, IdentityError},
+    inventory::Inventory,
+    log::{FileStore, LogHandle, PcrRole, Recorder, RecorderConfig, RecorderError, StoreError},
+    measure,
+    serve::{Doors, TlsListener, publish_address, serve_admin, serve_verifiers},
+    sink::{BoxFuture, EventSink, SinkError},
+    status::{LiveStatus, StatusSource},
+    tpm::{EsapiTpm, Tpm as _, TpmError, silence_tss_log},
+    vm::{self, LiveVm, Manager, NoticeKind, ReferenceError, References, Registry, Stage},
+};
+
+/// Why the proxy does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The log.
+    #[error(transparent)]
+    Recorder(#[from] RecorderError),
+    /// The log's folder.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The TPM.
+    #[error(transparent)]
+    Tpm(#[from] TpmError),
+    /// The reference list of `enforce`.
+    #[error(transparent)]
+    References(#[from] ReferenceError),
+    /// A file or socket.
+    #[error("{what}: {error}")]
+    Io {
+        /// What.
+        what: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// The log began anew while VMs ran.
+    #[error("the log began a new epoch while the proxy ran; start it again, so that everything is measured anew")]
+    NewEpoch,
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> AppError {
+    let what = what.into();
+    move |error| AppError::Io { what, error }
+}
+
+/// Makes identity and attestation key, and writes `certificate.pem` and `ak.pub` for the verifier. Gives their paths.
+///
+/// # Errors
+/// [`AppError`].
+pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
+    fs::create_dir_all(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
+    Identity::open(&config.state_dir, &config.host_id)?;
+    silence_tss_log();
+    let tpm = EsapiTpm::open(&config.tpm.tcti)?;
+    let ak = config.state_dir.join("ak.pub");
+    fs::write(&ak, tpm.ak_public()).map_err(io_error(ak.display().to_string()))?;
+    Ok([config.state_dir.join("certificate.pem"), ak])
+}
+
+/// Runs until told to end.
+///
+/// # Errors
+/// [`AppError`].
+pub async fn run(config: Config) -> Result<(), AppError> {
+    for dir in [&config.state_dir, &config.run_dir, &config.vms_dir()] {
+        fs::create_dir_all(dir).map_err(io_error(dir.display().to_string()))?;
+    }
+    let identity = Identity::open(&config.state_dir, &config.host_id)?;
+    let (tls, known) = identity.server(&config.verifiers)?;
+    let references = match &config.enforce {
+        Some(enforce) => Some(References::load(&enforce.references)?),
+        None => None,
+    };
+    let boot_id = boot_id()?;
+    let inventory = Arc::new(RwLock::new(Inventory::default()));
+    let (recorder, log) = start_recorder(&config, boot_id, &inventory).await?;
+    let tpm = log.tpm()?;
+    info!(tpm = %tpm.model, software = tpm.software, "log and TPM agree");
+    if tpm.software {
+        warn!("the TPM is software: good for tests, no root of trust");
+    }
+    let ak = config.state_dir.join("ak.pub");
+    fs::write(&ak, &tpm.ak_public).map_err(io_error(ak.display().to_string()))?;
+
+    let guest_sink: Arc<dyn EventSink> = Arc::new(LogSink { log: log.clone(), role: PcrRole::Guest });
+    let limits = guest::Limits { entries: config.guest.max_entries, bytes: config.guest.max_bytes };
+    let (room, writer) = guest::open(config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
+        .map_err(io_error(config.guests_dir().display().to_string()))?;
+
+    let manager = Manager::start(
+        vm::Config::new(config.host_id.clone(), boot_id, config.vms_dir()),
+        Arc::new(LogSink { log: log.clone(), role: PcrRole::Vm }),
+        now,
+        references,
+        Arc::clone(&inventory),
+    )
+    .map_err(io_error(config.vms_dir().display().to_string()))?;
+    let registry = manager.registry().clone();
+
+    let mut tasks: JoinSet<Result<(), AppError>> = JoinSet::new();
+    let directory = Arc::new(Directory(registry.clone()));
+    let listeners = Listeners::new(Arc::clone(&room), directory, config.vms_dir(), config.guest.port);
+    listen_vsock(&listeners, config.guest.vsock)?;
+    tasks.spawn(follow(registry.clone(), Arc::clone(&room), config.guest.unix.then_some(listeners)));
+
+    let unmanaged = registry.clone();
+    let attest = Attester {
+        host: config.host_id.clone(),
+        log: log.clone(),
+        inventory: Arc::clone(&inventory),
+        room: Arc::clone(&room),
+        unmanaged: Arc::new(move || unmanaged_now(&unmanaged)),
+        wait: config.collect_wait(),
+        clock: now,
+        firmware_log: config.host.firmware_log.clone(),
+        ima_list: config.host.ima_list.clone(),
+    }
+    .start();
+    let status: Arc<dyn StatusSource> =
+        Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room });
+    let doors = Doors { attest, status };
+    let admin = (config.admin_socket(), doors.clone());
+    tasks.spawn(async move { serve_admin(&admin.0, admin.1).await.map_err(io_error("the proxy's own socket")) });
+    let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
+    let address = listener.address();
+    publish_address(&config.state_dir.join("listen.addr"), address).map_err(io_error("listen.addr"))?;
+    tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
+    tasks.spawn(watch_epoch(log));
+    info!(%address, verifiers = config.verifiers.len(), "ready");
+
+    let ended = tokio::select! {
+        ended = tasks.join_next() => ended,
+        told = told_to_end() => { told?; None }
+    };
+    // In order: nothing new comes, what was taken is logged, the TPM is closed.
+    drop(manager);
+    tasks.shutdown().await;
+    writer.abort();
+    let _ = writer.await;
+    let _ = tokio::task::spawn_blocking(move || recorder.join()).await;
+    info!("ended");
+    match ended {
+        Some(Ok(Err(e))) => Err(e),
+        Some(Err(e)) => Err(AppError::Io { what: "a task".to_owned(), error: io::Error::other(e) }),
+        _ => Ok(()),
+    }
+}
+
+async fn start_recorder(
+    config: &Config,
+    boot_id: BootId,
+    inventory: &Arc<RwLock<Inventory>>,
+) -> Result<(Recorder, LogHandle), AppError> {
+    silence_tss_log();
+    let store = FileStore::open(config.log_dir())?;
+    let binary = fs::File::open("/proc/self/exe").map_err(io_error("/proc/self/exe"))?;
+    let (_, binary) =
+        measure::Digester::default().digest(Arc::new(binary), None).await.map_err(io_error("/proc/self/exe"))?;
+    let tcti = config.tpm.tcti.clone();
+    let recorder = RecorderConfig {
+        host: config.host_id.clone(),
+        boot_id,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        binary: Some(binary),
+        pcr_vm: config.pcr_vm,
+        pcr_guest: config.pcr_guest,
+        quoted_pcrs: QUOTED_PCRS.to_vec(),
+        quoted_banks: vec![HashAlg::Sha256],
+        inventory: Arc::clone(inventory),
+        now: Box::new(now),
+        new_epoch_id: Box::new(|| EpochId(rand::random())),
+    };
+    let open_tpm = Box::new(move || EsapiTpm::open(&tcti).map(|tpm| Box::new(tpm) as _));
+    let started = tokio::task::spawn_blocking(move || Recorder::start(recorder, Box::new(store), open_tpm)).await;
+    started
+        .map_err(|e| AppError::Io { what: "the recorder".to_owned(), error: io::Error::other(e) })?
+        .map_err(Into::into)
+}
+
+/// Events of one register.
+struct LogSink {
+    log: LogHandle,
+    role: PcrRole,
+}
+
+impl EventSink for LogSink {
+    fn append(&self, events: Vec<Event>) -> BoxFuture<'_, Result<(), SinkError>> {
+        Box::pin(async move { self.log.append(self.role, events).await.map(drop).map_err(|e| SinkError(Arc::new(e))) })
+    }
+
+    fn ready(&self) -> BoxFuture<'_, Result<(), SinkError>> {
+        Box::pin(async move { self.log.ready().await.map_err(|e| SinkError(Arc::new(e))) })
+    }
+}
+
+/// The VM at the other end of a guest's connection, by the live registry.
+struct Directory(Registry);
+
+impl VmDirectory for Directory {
+    fn by_name(&self, name: &str) -> Option<VmRef> {
+        self.find(|vm| vm.name == name)
+    }
+
+    fn by_cid(&self, cid: u32) -> Option<VmRef> {
+        self.find(|vm| vm.guest_cid == Some(cid.into()))
+    }
+}
+
+impl Directory {
+    fn find(&self, fits: impl Fn(&LiveVm) -> bool) -> Option<VmRef> {
+        let live = |vm: &&LiveVm| matches!(vm.stage, Stage::Watched | Stage::MonitorLost);
+        self.0.snapshot().vms.iter().filter(live).find(|vm| fits(vm)).map(|vm| vm.vm)
+    }
+}
+
+fn listen_vsock(listeners: &Listeners, wanted: Option<bool>) -> Result<(), AppError> {
+    if wanted == Some(false) {
+        return Ok(());
+    }
+    match listeners.listen_vsock() {
+        Ok(_) => info!("guests are heard on AF_VSOCK"),
+        Err(error) if wanted == Some(true) => return Err(io_error("AF_VSOCK")(error)),
+        Err(error) => info!("guests are not heard on AF_VSOCK: {error}"),
+    }
+    Ok(())
+}
+
+/// Opens and closes guests' doors as VMs come and go.
+async fn follow(registry: Registry, room: Arc<Room>, mut listeners: Option<Listeners>) -> Result<(), AppError> {
+    let mut notices = registry.notices();
+    let open = |listeners: &mut Option<Listeners>, name: &str| {
+        if let Some(Err(e)) = listeners.as_mut().map(|l| l.listen_unix(name)) {
+            error!(vm = name, "the guest's door cannot be opened: {e}");
+        }
+    };
+    for vm in registry.snapshot().vms {
+        open(&mut listeners, &vm.name);
+    }
+    loop {
+        match notices.recv().await {
+            Ok(notice) => match notice.kind {
+                NoticeKind::Started => open(&mut listeners, &notice.status.name),
+                NoticeKind::Reset => {}
+                NoticeKind::Stopped => {
+                    room.ended(notice.status.vm).await;
+                    let name = &notice.status.name;
+                    if !registry.snapshot().vms.iter().any(|vm| &vm.name == name && vm.vm != notice.status.vm)
+                        && let Some(listeners) = &mut listeners
+                    {
+                        listeners.stop_unix(name);
+                    }
+                }
+            },
+            Err(RecvError::Lagged(missed)) => {
+                warn!(missed, "notices of VMs were missed; looking at all of them");
+                for vm in registry.snapshot().vms {
+                    open(&mut listeners, &vm.name);
+                }
+            }
+            Err(RecvError::Closed) => return Ok(()),
+        }
+    }
+}
+
+async fn watch_epoch(mut log: LogHandle) -> Result<(), AppError> {
+    let epoch = log.head()?.epoch;
+    loop {
+        if log.changed().await?.epoch != epoch {
+            return Err(AppError::NewEpoch);
+        }
+    }
+}
+
+async fn told_to_end() -> Result<(), AppError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(io_error("SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("SIGINT"))?;
+    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    Ok(())
+}
+
+fn unmanaged_now(registry: &Registry) -> Vec<Unmanaged> {
+    let processes = registry.snapshot().unmanaged;
+    processes.into_iter().map(|p| Unmanaged { pid: p.pid, program: p.program }).collect()
+}
+
+fn boot_id() -> Result<BootId, AppError> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = fs::read_to_string(path).map_err(io_error(path.display().to_string()))?;
+    BootId::from_kernel(&text).ok_or_else(|| io_error(path.display().to_string())(io::ErrorKind::InvalidData.into()))
+}
+
+/// The host's clock.
+fn now() -> TimeMs {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    TimeMs(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
