@@ -37,7 +37,7 @@ use crate::{
     serve::{Doors, TlsListener, publish_address, serve_admin, serve_verifiers},
     sink::{BoxFuture, EventSink, SinkError},
     status::{LiveStatus, StatusSource},
-    tpm::{EsapiTpm, Tpm as _, TpmError, silence_tss_log},
+    tpm::{EsapiTpm, Tpm as _, TpmError},
     vm::{self, LiveVm, Manager, NoticeKind, ReferenceError, References, Registry, Stage},
 };
 
@@ -87,7 +87,6 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> AppError {
 pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
     fs::create_dir_all(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
     Identity::open(&config.state_dir, &config.host_id)?;
-    silence_tss_log();
     let tpm = EsapiTpm::open(&config.tpm.tcti)?;
     let ak = config.state_dir.join("ak.pub");
     fs::write(&ak, tpm.ak_public()).map_err(io_error(ak.display().to_string()))?;
@@ -103,7 +102,10 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         fs::create_dir_all(dir).map_err(io_error(dir.display().to_string()))?;
     }
     let identity = Identity::open(&config.state_dir, &config.host_id)?;
-    let (tls, known) = identity.server(&config.verifiers)?;
+    let tls = match config.verifiers.as_slice() {
+        [] => None,
+        verifiers => Some(identity.server(verifiers)?),
+    };
     let references = match &config.enforce {
         Some(enforce) => Some(References::load(&enforce.references)?),
         None => None,
@@ -158,12 +160,17 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let doors = Doors { attest, status };
     let admin = (config.admin_socket(), doors.clone());
     tasks.spawn(async move { serve_admin(&admin.0, admin.1).await.map_err(io_error("the proxy's own socket")) });
-    let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
-    let address = listener.address();
-    publish_address(&config.state_dir.join("listen.addr"), address).map_err(io_error("listen.addr"))?;
-    tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
+    match tls {
+        Some((tls, known)) => {
+            let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
+            let address = listener.address();
+            publish_address(&config.state_dir.join("listen.addr"), address).map_err(io_error("listen.addr"))?;
+            tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
+            info!(%address, verifiers = config.verifiers.len(), "ready");
+        }
+        None => warn!("ready, but nobody can ask: the configuration names no verifier"),
+    }
     tasks.spawn(watch_epoch(log));
-    info!(%address, verifiers = config.verifiers.len(), "ready");
 
     let ended = tokio::select! {
         ended = tasks.join_next() => ended,
@@ -188,7 +195,6 @@ async fn start_recorder(
     boot_id: BootId,
     inventory: &Arc<RwLock<Inventory>>,
 ) -> Result<(Recorder, LogHandle), AppError> {
-    silence_tss_log();
     let store = FileStore::open(config.log_dir())?;
     let binary = fs::File::open("/proc/self/exe").map_err(io_error("/proc/self/exe"))?;
     let (_, binary) =

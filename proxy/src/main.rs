@@ -10,10 +10,13 @@ use onequote_proxy::{
     cli::{Cli, Command, export_ima, ignore_closed_pipe, print_log, print_status},
     config::Config,
     launch, measure,
+    tpm::silence_tss_log,
 };
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    // While there is only this thread.
+    silence_tss_log();
     let filter = EnvFilter::try_from_env("ONEQUOTE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     match run(Cli::parse()) {
