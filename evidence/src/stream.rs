@@ -36,6 +36,9 @@ pub const PIECE_TARGET: usize = 256 * 1024;
 /// The longest item in bytes: a head with the longest statement, with much to spare for everything else.
 pub const MAX_ITEM: usize = 8 * 1024 * 1024;
 
+/// The most items in a stream: far more than pieces of [`PIECE_TARGET`] and guests that a host can have.
+pub const MAX_ITEMS: u64 = 1 << 20;
+
 /// The most memory, as a power of two of bytes, that expanding may take beside its result (zstd's window). What
 /// [`compress`] writes needs less.
 #[cfg(feature = "zstd")]
@@ -226,6 +229,9 @@ impl Items<'_> {
         let rest = &self.bytes[self.offset..];
         if rest.is_empty() {
             return Err(Malformed::new(WHAT, self.offset, MalformedKind::Truncated));
+        }
+        if self.count == MAX_ITEMS {
+            return Err(Malformed::new(WHAT, self.offset, MalformedKind::TooLarge { limit: MAX_ITEMS as usize }));
         }
         let window = &rest[..rest.len().min(MAX_ITEM)];
         let (item, len) = cbor::decode_first(WHAT, window).map_err(|mut e| {

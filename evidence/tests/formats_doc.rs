@@ -160,6 +160,7 @@ fn limits() {
         ("statement::MAX_STATEMENT", statement::MAX_STATEMENT),
         ("stream::MAX_EXPANDED", stream::MAX_EXPANDED),
         ("stream::MAX_ITEM", stream::MAX_ITEM),
+        ("stream::MAX_ITEMS", stream::MAX_ITEMS as usize),
         ("stream::PIECE_TARGET", stream::PIECE_TARGET),
     ];
     let section = DOC.split("\n## Limits\n").nth(1).expect("a section of limits").split("\n## ").next().unwrap();

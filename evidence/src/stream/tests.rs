@@ -188,3 +188,11 @@ fn many_guests_are_read_in_little_time() {
     (0..50_000).for_each(|boot| w.push(&Item::Guest(guest(boot, 0, vec![]))));
     assert_eq!(Evidence::parse(&w.stream(head())).unwrap().guests.len(), 50_000);
 }
+
+#[test]
+fn more_items_than_there_can_be_are_refused() {
+    let piece = cbor::encode(&Item::Records(Piece { offset: 0, bytes: Blob::default() }));
+    let mut bytes = cbor::encode(&Item::Head(head()));
+    bytes.extend(piece.iter().copied().cycle().take(piece.len() * MAX_ITEMS as usize));
+    assert_eq!(Evidence::parse(&bytes).unwrap_err().kind, MalformedKind::TooLarge { limit: MAX_ITEMS as usize });
+}
