@@ -122,7 +122,8 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     fs::write(&ak, &tpm.ak_public).map_err(io_error(ak.display().to_string()))?;
 
     let guest_sink: Arc<dyn EventSink> = Arc::new(LogSink { log: log.clone(), role: PcrRole::Guest });
-    let limits = guest::Limits { entries: config.guest.max_entries, bytes: config.guest.max_bytes };
+    let limits =
+        guest::Limits { entries: config.guest.max_entries, bytes: config.guest.max_bytes, ..guest::Limits::default() };
     let (room, writer) = guest::open(config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
         .map_err(io_error(config.guests_dir().display().to_string()))?;
 

@@ -87,9 +87,9 @@ pub struct Guest {
     pub unix: bool,
     /// Milliseconds that a quote waits for guests to send what is new.
     pub collect_ms: u64,
-    /// Entries that one guest may send in one boot.
+    /// Entries that one guest may send in one session, all boots together.
     pub max_entries: u64,
-    /// Bytes of entries, new to the host, that one guest may send in one boot.
+    /// Bytes of entries, new to the host, that one guest may send in one session.
     pub max_bytes: u64,
 }
 

@@ -31,8 +31,6 @@ pub(super) struct GuestList {
     pub(super) received: Aggregate,
     /// Count and aggregate of what the log has. Never ahead of `received`.
     pub(super) logged: Aggregate,
-    /// Bytes of entries that this list brought new into the dictionary.
-    pub(super) brought: u64,
     /// Whether and why nothing more is taken.
     pub(super) closed: Option<Closed>,
     file: File,
@@ -63,7 +61,6 @@ impl GuestList {
             refs: Vec::new(),
             received: Aggregate::EMPTY,
             logged: Aggregate::EMPTY,
-            brought: 0,
             closed: None,
             file,
             saved: 0,
@@ -98,7 +95,6 @@ impl GuestList {
             refs,
             received,
             logged: expected,
-            brought: 0,
             closed: if damaged { Some(Closed::Damaged) } else { logged.closed.then_some(Closed::ByGuest) },
             file,
         })

@@ -19,18 +19,61 @@ use onequote_evidence::{
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 
-/// What one guest may bring in one boot.
+/// What guests may bring, so that evidence of all of them together stays far below
+/// [`onequote_evidence::stream::MAX_EXPANDED`] whatever they do.
+///
+/// The limits of a session are its own. Those of the host are shared: once they are reached, a session that has less
+/// than its even share goes on up to that share, and the others take nothing more. So nobody is cut off by what
+/// another guest does, and together they never bring more than twice the host's limits.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Entries.
+    /// Boots of one session.
+    pub boots: u32,
+    /// Entries of all boots of one session.
     pub entries: u64,
-    /// Bytes of entries that no guest had before.
+    /// Bytes of entries that no guest had before, of all boots of one session.
     pub bytes: u64,
+    /// Entries of all sessions.
+    pub host_entries: u64,
+    /// Bytes of entries of all sessions.
+    pub host_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 1_000_000, bytes: 64 * 1024 * 1024 }
+        Self {
+            boots: 256,
+            entries: 1_000_000,
+            bytes: 48 * 1024 * 1024,
+            host_entries: 10_000_000,
+            host_bytes: 64 * 1024 * 1024,
+        }
+    }
+}
+
+/// What was brought.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Brought {
+    pub(super) entries: u64,
+    /// Of entries that were new to the dictionary.
+    pub(super) bytes: u64,
+}
+
+impl Limits {
+    /// Which limit `session` has gone over, when `host` is what all of `sessions` sessions have brought.
+    pub(super) fn exceeded(&self, session: Brought, host: Brought, sessions: u64) -> Option<String> {
+        let share = |limit: u64| limit / sessions.max(1);
+        if session.entries > self.entries {
+            Some(format!("{} entries in a session", self.entries))
+        } else if session.bytes > self.bytes {
+            Some(format!("{} bytes of new entries in a session", self.bytes))
+        } else if host.entries > self.host_entries && session.entries > share(self.host_entries) {
+            Some(format!("its share of {} entries on this host", self.host_entries))
+        } else if host.bytes > self.host_bytes && session.bytes > share(self.host_bytes) {
+            Some(format!("its share of {} bytes of entries on this host", self.host_bytes))
+        } else {
+            None
+        }
     }
 }
 

@@ -293,7 +293,7 @@ async fn gaps_rubbish_and_floods_hurt_only_their_guest() {
         let ended = shim.task.await.unwrap();
         assert!(ended.contains(why), "{ended}");
     }
-    lab = lab.restart(Limits { entries: 5, bytes: 1 << 20 });
+    lab = lab.restart(Limits { entries: 5, ..Limits::default() });
     let mut flood = lab.connect(vm(1));
     flood.resume(7).await;
     flood.entries(0, &entries(0..6)).await;
@@ -373,4 +373,28 @@ fn flip(file: &Path) {
     let mut bytes = std::fs::read(file).unwrap();
     bytes[4] ^= 1;
     std::fs::write(file, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn boots_are_bounded_too() {
+    let lab = Lab::new().restart(Limits { boots: 2, ..Limits::default() });
+    for boot in 0..3 {
+        let mut shim = lab.connect(vm(1));
+        let begun = shim.hello(boot).await.is_some();
+        assert_eq!(begun, boot < 2);
+        shim.end().await;
+        lab.list(vm(1), 0).await;
+        lab.log.put(vec![event(vm(1), VmReset { by_guest: true, reason: "guest-reset".into() })]);
+    }
+    assert!(lab.kinds().contains(&"guest-overflow".to_owned()));
+}
+
+#[test]
+fn the_hosts_limits_cut_off_only_those_over_their_share() {
+    let limits = Limits { host_bytes: 100, ..Limits::default() };
+    let bytes = |bytes| room::Brought { entries: 1, bytes };
+    assert_eq!(limits.exceeded(bytes(90), bytes(100), 4), None);
+    assert!(limits.exceeded(bytes(90), bytes(101), 4).is_some());
+    assert_eq!(limits.exceeded(bytes(25), bytes(190), 4), None);
+    assert!(limits.exceeded(bytes(26), bytes(190), 4).is_some());
 }

@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use super::{
     dictionary::Dictionary,
     list::{Closed, GuestList},
-    room::{Job, Limits, Lists, RoomError, Token},
+    room::{Brought, Job, Limits, Lists, RoomError, Token},
 };
 use crate::{inventory::Inventory, sink::EventSink};
 
@@ -49,6 +49,8 @@ pub(super) struct Writer {
     sink: Arc<dyn EventSink>,
     dictionary: Dictionary,
     sessions: HashMap<VmRef, Session>,
+    /// By all sessions.
+    brought: Brought,
     /// Events that are not in the log yet and cannot be computed from the lists.
     events: Vec<Event>,
     permits: Vec<OwnedSemaphorePermit>,
@@ -58,6 +60,7 @@ pub(super) struct Writer {
 #[derive(Default)]
 struct Session {
     lists: Vec<GuestList>,
+    brought: Brought,
     generation: u64,
     connections: u32,
     collect: Option<mpsc::Sender<u64>>,
@@ -75,6 +78,8 @@ impl Writer {
         std::fs::create_dir_all(&folder)?;
         let dictionary = Dictionary::open(&folder.join("dictionary"))?;
         let mut sessions = HashMap::new();
+        let mut brought = Brought::default();
+        let mut seen = HashSet::new();
         for (vm, logged) in read(&inventory).vms() {
             let mut session = Session::default();
             for boot in &logged.boots {
@@ -82,8 +87,14 @@ impl Writer {
                 if list.closed == Some(Closed::Damaged) {
                     warn!(vm = %logged.name, boot = boot.boot, "the guest's list on disk does not give what was logged; it is kept as it is");
                 }
+                session.brought.entries += list.refs.len() as u64;
+                for id in list.refs.iter().filter(|id| seen.insert(**id)) {
+                    session.brought.bytes += dictionary.entry(*id).map_or(0, |entry| entry.len() as u64);
+                }
                 session.lists.push(list);
             }
+            brought.entries += session.brought.entries;
+            brought.bytes += session.brought.bytes;
             sessions.insert(*vm, session);
         }
         Ok(Self {
@@ -94,6 +105,7 @@ impl Writer {
             sink,
             dictionary,
             sessions,
+            brought,
             events: Vec::new(),
             permits: Vec::new(),
             flushes: Vec::new(),
@@ -145,7 +157,10 @@ impl Writer {
             }
             Job::Lost { token, reason } => self.lost(&token, reason),
             Job::Ended(vm) => {
-                self.sessions.remove(&vm);
+                if let Some(ended) = self.sessions.remove(&vm) {
+                    self.brought.entries -= ended.brought.entries;
+                    self.brought.bytes -= ended.brought.bytes;
+                }
             }
             Job::Flush(done) => self.flushes.push(done),
             Job::Lists(wanted, reply) => {
@@ -173,7 +188,16 @@ impl Writer {
         let (new, boot) = match session.lists.last() {
             None => (true, 0),
             Some(last) if last.boot_id == boot_id => (false, last.boot),
-            Some(last) if may_reboot => (true, last.boot + 1),
+            Some(last) if may_reboot && last.boot + 1 < self.limits.boots => (true, last.boot + 1),
+            Some(last) if may_reboot => {
+                let (boot, count) = (last.boot, last.received.count);
+                if last.closed.is_none() {
+                    session.lists.iter_mut().for_each(|list| list.closed = Some(Closed::ByGuest));
+                    let limit = format!("{} boots in a session", self.limits.boots);
+                    self.event(vm, GuestOverflow { boot, count, limit }.into());
+                }
+                return Err(RoomError::ListClosed("too many boots in this session"));
+            }
             Some(last) => {
                 let token = Token { vm, boot: last.boot, hash_size, generation: session.generation };
                 self.rewound(&token, (0, Sha256::ZERO), boot_id);
@@ -206,7 +230,6 @@ impl Writer {
     }
 
     fn entries(&mut self, token: &Token, first: u64, count: u64, bytes: &[u8]) -> Result<(), RoomError> {
-        let limits = self.limits;
         let list = current(&mut self.sessions, token)?;
         if let Some(why) = list.closed {
             return Err(RoomError::ListClosed(match why {
@@ -217,34 +240,28 @@ impl Writer {
         if first != list.received.count {
             return Err(RoomError::OutOfOrder { expected: list.received.count, found: first });
         }
-        let over = if first + count > limits.entries {
-            Some(format!("{} entries in a boot", limits.entries))
-        } else if list.brought + bytes.len() as u64 > limits.bytes {
-            // Counted in full only when they are new; see below.
-            let new: usize = ListReader::new(bytes, token.hash_size as usize)
-                .flatten()
-                .filter(|entry| !self.dictionary.contains(entry))
-                .map(|entry| entry.raw.len())
-                .sum();
-            (list.brought + new as u64 > limits.bytes)
-                .then(|| format!("{} bytes of new entries in a boot", limits.bytes))
-        } else {
-            None
-        };
-        if let Some(limit) = over {
+        let read = || ListReader::new(bytes, token.hash_size as usize).flatten();
+        let unknown = read().filter(|entry| !self.dictionary.contains(entry));
+        let new = Brought { entries: count, bytes: unknown.map(|entry| entry.raw.len() as u64).sum() };
+        let add = |to: Brought| Brought { entries: to.entries + new.entries, bytes: to.bytes + new.bytes };
+        let (session, host) = (add(self.sessions[&token.vm].brought), add(self.brought));
+        let exceeded = self.limits.exceeded(session, host, self.sessions.len() as u64);
+        let list = current(&mut self.sessions, token)?;
+        if let Some(limit) = exceeded {
             list.closed = Some(Closed::ByGuest);
             let body = GuestOverflow { boot: token.boot, count: list.received.count, limit };
             self.event(token.vm, body.into());
             return Err(RoomError::ListClosed("over a limit"));
         }
         // The connection has checked that all of the bytes are entries.
-        for entry in ListReader::new(bytes, token.hash_size as usize).flatten() {
-            if !self.dictionary.contains(&entry) {
-                list.brought += entry.raw.len() as u64;
-            }
+        for entry in read() {
             let (id, digest) = self.dictionary.intern(&entry)?;
             list.refs.push(id);
             list.received.push_digest(&digest);
+        }
+        if let Some(known) = self.sessions.get_mut(&token.vm) {
+            known.brought = session;
+            self.brought = host;
         }
         Ok(())
     }
