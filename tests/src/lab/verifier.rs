@@ -91,7 +91,7 @@ impl World {
     /// The verifier refuses.
     pub fn enrol(&mut self) -> Result<()> {
         let url = self.proxy_url()?;
-        let (key, certificate) = (self.proxy_state().join("ak.pub"), self.proxy_state().join("identity.pem"));
+        let (key, certificate) = (self.proxy_state().join("ak.pub"), self.proxy_state().join("certificate.pem"));
         let (key, certificate) = (key.to_string_lossy(), certificate.to_string_lossy());
         let mut arguments = vec!["enrol", Self::HOST, "--ak", &key, "--certificate", &certificate];
         arguments.extend(["--url", &url]);
