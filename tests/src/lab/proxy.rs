@@ -20,6 +20,8 @@ pub struct ProxySettings {
     pub enforce: Option<PathBuf>,
     /// Further lines at the head of the configuration, before its tables.
     pub head: String,
+    /// Further lines of the table `guest`.
+    pub guest: String,
     /// Further tables.
     pub tables: String,
     /// Environment of the process.
@@ -59,6 +61,9 @@ impl World {
             self.settings.head,
         );
         text += &format!("\n[tpm]\ntcti = {:?}\n", self.tcti());
+        // One world's shims must not arrive at another's proxy: AF_VSOCK ports are one space for the whole machine.
+        let (vsock, unix) = (self.assets().kernel_vsock(), !self.assets().kernel_vsock());
+        text += &format!("\n[guest]\nvsock = {vsock}\nunix = {unix}\n{}", self.settings.guest);
         if let Some(references) = &self.settings.enforce {
             text += &format!("\n[enforce]\nreferences = {references:?}\n");
         }

@@ -78,7 +78,7 @@ impl World {
     /// One of these steps fails.
     pub fn start_enrolled(&mut self) -> Result<()> {
         self.verifier(&["init"])?.success()?;
-        self.settings.verifier = Some(self.verifier_state().join("identity.pem"));
+        self.settings.verifier = Some(self.verifier_state().join("certificate.pem"));
         self.write_proxy_config()?;
         self.proxy_command(&["init"])?.success()?;
         self.start_proxy()?;
