@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use super::process::Process;
 use super::verifier::Run;
-use super::wait;
 use super::world::World;
+use super::{command, wait};
 
 /// What a test may want otherwise in the proxy's configuration. Takes effect at the next start.
 #[derive(Debug, Clone, Default)]
@@ -83,6 +83,27 @@ impl World {
         let mut command = Command::new(&self.assets().proxy);
         command.arg("--config").arg(self.proxy_config()).args(arguments);
         Run::of(&mut command)
+    }
+
+    /// The list of the last boot of VM `name`'s guest as the proxy has it, in the kernel's binary format.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn proxy_export(&self, name: &str) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).args(["export-ima", name]);
+        command::output(&mut command)
+    }
+
+    /// Makes the proxy's identity and starts it without a verifier: its own certificate stands in for one.
+    ///
+    /// # Errors
+    /// One of these steps fails.
+    pub fn start_proxy_alone(&mut self) -> Result<()> {
+        self.write_proxy_config()?;
+        self.proxy_command(&["init"])?.success()?;
+        self.settings.verifier = Some(self.proxy_state().join("certificate.pem"));
+        self.start_proxy()
     }
 
     /// Starts the proxy and waits until it listens.
