@@ -1,2 +1,66 @@
-//! To come.
-fn main() {}
+//! `cargo xtask demo | test | bench`: sets up what is missing, builds, then does it.
+//!
+//! This program needs nothing but cargo and a C linker to build: what the rest of the workspace needs (the TSS,
+//! QEMU, a software TPM, …) is looked for here, and as root on Debian installed. Once it is there, nothing needs root.
+#![allow(clippy::print_stdout)]
+
+mod setup;
+mod steps;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Sets up what is missing, builds, then does it")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Three VMs, one quote, two attacks. Further options go to the demo: see `cargo xtask demo --help`.
+    #[command(disable_help_flag = true)]
+    Demo {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<OsString>,
+    },
+    /// Format, lints, unit tests, end-to-end tests on real QEMU.
+    Test {
+        /// Leave out the tests that boot VMs.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Measures the numbers that the project promises.
+    Bench {
+        /// Write the numbers to this file.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Only looks for what is needed and installs or names what is missing.
+    Setup,
+}
+
+fn main() -> Result<ExitCode> {
+    let cli = Cli::parse();
+    match cli.task {
+        Task::Setup => setup::ensure()?,
+        Task::Demo { options } => {
+            setup::ensure()?;
+            return steps::demo(&options);
+        }
+        Task::Test { quick } => {
+            setup::ensure()?;
+            return steps::test(quick);
+        }
+        Task::Bench { json } => {
+            setup::ensure()?;
+            return steps::bench(json.as_deref());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

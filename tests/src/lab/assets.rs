@@ -14,7 +14,7 @@ use super::{command, process};
 
 const SHIM_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Static; relocations packed, which takes 46 kB off.
+/// As in `xtask/src/steps.rs`. Static; relocations packed, which takes 46 kB off.
 const SHIM_FLAGS: &str = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
 
 /// Guest parts and programs, in the cache folder and the target folder.
@@ -36,10 +36,17 @@ pub struct Assets {
     pub proxy: PathBuf,
     /// onequote-verifier.
     pub verifier: PathBuf,
+    /// How vsock is done here.
     pub(crate) transport: Transport,
 }
 
 impl Assets {
+    /// Whether guests' connections arrive at AF_VSOCK sockets of the host's kernel.
+    #[must_use]
+    pub fn kernel_vsock(&self) -> bool {
+        matches!(self.transport, Transport::Kernel)
+    }
+
     /// Builds what is missing, once in a process; says on standard error what takes long.
     ///
     /// # Errors

@@ -34,6 +34,7 @@ pub use machine::Machine;
 pub use process::Process;
 pub use proxy::ProxySettings;
 pub use qmp::Qmp;
+pub use report::skip;
 pub use tpm::{Tpm, TpmCommand};
 pub use verifier::Run;
 pub use vm::{Vm, VmSpec};

@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use super::process::Process;
 use super::verifier::Run;
-use super::wait;
 use super::world::World;
+use super::{command, wait};
 
 /// What a test may want otherwise in the proxy's configuration. Takes effect at the next start.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +20,8 @@ pub struct ProxySettings {
     pub enforce: Option<PathBuf>,
     /// Further lines at the head of the configuration, before its tables.
     pub head: String,
+    /// Further lines of the table `guest`.
+    pub guest: String,
     /// Further tables.
     pub tables: String,
     /// Environment of the process.
@@ -59,6 +61,9 @@ impl World {
             self.settings.head,
         );
         text += &format!("\n[tpm]\ntcti = {:?}\n", self.tcti());
+        // One world's shims must not arrive at another's proxy: AF_VSOCK ports are one space for the whole machine.
+        let (vsock, unix) = (self.assets().kernel_vsock(), !self.assets().kernel_vsock());
+        text += &format!("\n[guest]\nvsock = {vsock}\nunix = {unix}\n{}", self.settings.guest);
         if let Some(references) = &self.settings.enforce {
             text += &format!("\n[enforce]\nreferences = {references:?}\n");
         }
@@ -78,6 +83,27 @@ impl World {
         let mut command = Command::new(&self.assets().proxy);
         command.arg("--config").arg(self.proxy_config()).args(arguments);
         Run::of(&mut command)
+    }
+
+    /// The list of the last boot of VM `name`'s guest as the proxy has it, in the kernel's binary format.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn proxy_export(&self, name: &str) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).args(["export-ima", name]);
+        command::output(&mut command)
+    }
+
+    /// Makes the proxy's identity and starts it without a verifier: its own certificate stands in for one.
+    ///
+    /// # Errors
+    /// One of these steps fails.
+    pub fn start_proxy_alone(&mut self) -> Result<()> {
+        self.write_proxy_config()?;
+        self.proxy_command(&["init"])?.success()?;
+        self.settings.verifier = Some(self.proxy_state().join("certificate.pem"));
+        self.start_proxy()
     }
 
     /// Starts the proxy and waits until it listens.

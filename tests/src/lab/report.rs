@@ -1,6 +1,7 @@
-//! What is shown when a test fails.
+//! What is shown when a test fails, and what was left out.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 
 use super::process;
@@ -15,6 +16,17 @@ pub(crate) fn print_logs(folder: &Path) {
     for log in logs {
         eprintln!("---- {}", log.display());
         eprintln!("{}", process::tail(&log, LINES));
+    }
+}
+
+/// Notes that `what` was left out because of `why`: printed, and in the summary of `cargo xtask test`.
+pub fn skip(what: &str, why: &str) {
+    eprintln!("skipped: {what}: {why}");
+    if let Some(file) = std::env::var_os("ONEQUOTE_SKIPS") {
+        let line = format!("skipped {what}: {why}\n");
+        let file = fs::File::options().create(true).append(true).open(file);
+        // The summary would lack a line, nothing else.
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
     }
 }
 

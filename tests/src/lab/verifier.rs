@@ -78,7 +78,7 @@ impl World {
     /// One of these steps fails.
     pub fn start_enrolled(&mut self) -> Result<()> {
         self.verifier(&["init"])?.success()?;
-        self.settings.verifier = Some(self.verifier_state().join("identity.pem"));
+        self.settings.verifier = Some(self.verifier_state().join("certificate.pem"));
         self.write_proxy_config()?;
         self.proxy_command(&["init"])?.success()?;
         self.start_proxy()?;
@@ -91,7 +91,7 @@ impl World {
     /// The verifier refuses.
     pub fn enrol(&mut self) -> Result<()> {
         let url = self.proxy_url()?;
-        let (key, certificate) = (self.proxy_state().join("ak.pub"), self.proxy_state().join("identity.pem"));
+        let (key, certificate) = (self.proxy_state().join("ak.pub"), self.proxy_state().join("certificate.pem"));
         let (key, certificate) = (key.to_string_lossy(), certificate.to_string_lossy());
         let mut arguments = vec!["enrol", Self::HOST, "--ak", &key, "--certificate", &certificate];
         arguments.extend(["--url", &url]);

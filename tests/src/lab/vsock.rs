@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
 
 use super::cache::{Cache, Key};
 use super::machine::Machine;
@@ -60,6 +61,21 @@ fn back_end(cache: &Cache) -> Result<PathBuf> {
         Ok(())
     })?;
     Ok(place.join(BACK_END))
+}
+
+/// The right to be the one world on this machine that uses the kernel's vsock, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _lock: Flock<File>,
+}
+
+impl Turn {
+    /// Waits for it.
+    pub(crate) fn take() -> Result<Self> {
+        let file = File::create(std::env::temp_dir().join("onequote-lab-vsock.lock"))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+        Ok(Self { _lock: lock })
+    }
 }
 
 /// A guest CID that no other VM on this machine is likely to have: CIDs are one space for the whole host.

@@ -10,6 +10,7 @@ use super::process::Process;
 use super::proxy::ProxySettings;
 use super::tpm::Tpm;
 use super::vm::{Vm, VmSpec};
+use super::vsock::Turn;
 use super::{report, wait};
 
 /// How a world differs from the usual one of a test.
@@ -37,6 +38,8 @@ pub struct World {
     assets: &'static Assets,
     folder: Option<tempfile::TempDir>,
     path: PathBuf,
+    /// With the kernel's vsock all worlds share one port: one world at a time.
+    _turn: Option<Turn>,
 }
 
 impl World {
@@ -57,6 +60,7 @@ impl World {
     /// As [`Self::new`].
     pub fn with(options: Options) -> Result<Self> {
         let assets = Assets::prepare()?;
+        let turn = if assets.kernel_vsock() { Some(Turn::take()?) } else { None };
         // Short, whatever TMPDIR is: a Unix socket's path has 108 bytes at most.
         let folder = tempfile::Builder::new().prefix("oq-").tempdir_in("/tmp")?;
         let path = folder.path().to_owned();
@@ -76,6 +80,7 @@ impl World {
             assets,
             folder: Some(folder),
             path,
+            _turn: turn,
         })
     }
 
@@ -166,6 +171,11 @@ impl World {
         Ok(())
     }
 
+    /// Prints the end of every log of this world to standard error.
+    pub fn print_logs(&self) {
+        report::print_logs(&self.path);
+    }
+
     /// The process ids of all that runs here, first those to be ended first.
     #[must_use]
     pub fn process_ids(&mut self) -> Vec<u32> {
@@ -197,7 +207,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            report::print_logs(&self.path);
+            self.print_logs();
         }
         if self.options.keep
             && let Some(folder) = self.folder.take()

@@ -1,0 +1,201 @@
+//! Building and running, step by step, with a summary.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+const SHIM_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// As in the lab (`tests/src/lab/assets.rs`), so that what is built here is used there.
+const SHIM_FLAGS: &str = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
+
+/// The shim may not be larger.
+const SHIM_LIMIT: u64 = 1_200_000;
+
+/// Tests with this in their name boot VMs.
+const BOOTS: &str = "vm_";
+
+/// Builds everything and runs the demo.
+pub(crate) fn demo(options: &[OsString]) -> Result<ExitCode> {
+    build(false)?;
+    let mut command = cargo("run");
+    command.args(["--quiet", "--package", "onequote-tests", "--bin", "demo", "--"]).args(options);
+    pass_on(&mut command)
+}
+
+/// Builds for speed and runs the benches.
+pub(crate) fn bench(json: Option<&Path>) -> Result<ExitCode> {
+    build(true)?;
+    let mut command = cargo("run");
+    command.args(["--quiet", "--release", "--package", "onequote-tests", "--bin", "bench", "--"]);
+    if let Some(file) = json {
+        command.arg("--json").arg(std::path::absolute(file)?);
+    }
+    pass_on(&mut command)
+}
+
+fn build(release: bool) -> Result<()> {
+    println!("building (a few minutes the first time)");
+    let mut programs = cargo("build");
+    programs.args(["--package", "onequote-proxy", "--package", "onequote-verifier"]);
+    if release {
+        programs.arg("--release");
+    }
+    run(&mut programs)?;
+    run(&mut shim())
+}
+
+fn shim() -> Command {
+    let mut shim = cargo("build");
+    shim.args(["--package", "onequote-shim", "--profile", "shim", "--target", SHIM_TARGET])
+        .env("RUSTFLAGS", SHIM_FLAGS);
+    shim
+}
+
+/// Every check, with a summary at the end.
+pub(crate) fn test(quick: bool) -> Result<ExitCode> {
+    let skips = std::env::temp_dir().join(format!("onequote-skips-{}", std::process::id()));
+    let mut summary = Summary::default();
+
+    let mut format = cargo("fmt");
+    format.args(["--all", "--check"]);
+    summary.step("format", &mut format);
+
+    let mut lints = cargo("clippy");
+    lints.args(["--workspace", "--all-targets", "--", "-D", "warnings"]);
+    summary.step("lints", &mut lints);
+
+    let mut programs = cargo("build");
+    programs.args(["--package", "onequote-proxy", "--package", "onequote-verifier"]);
+    summary.step("build: proxy, verifier", &mut programs);
+    summary.step("build: shim", &mut shim());
+    summary.check("shim's size", shim_size);
+
+    let mut units = cargo("test");
+    units.args(["--workspace", "--exclude", "onequote-tests"]);
+    summary.step("unit tests", &mut units);
+
+    // Programs were just built: the lab need not ask cargo again.
+    let mut lab = cargo("test");
+    lab.args(["--package", "onequote-tests", "--no-fail-fast"])
+        .env("ONEQUOTE_BUILT", "1")
+        .env("ONEQUOTE_SKIPS", &skips);
+    if quick {
+        lab.args(["--", "--skip", BOOTS]);
+    }
+    summary.step("end-to-end tests", &mut lab);
+
+    if quick {
+        match boot_tests() {
+            Ok(names) => {
+                summary.notes.push(format!(
+                    "--quick left out {} tests that boot VMs: {}",
+                    names.len(),
+                    names.join(", ")
+                ));
+            }
+            Err(error) => summary.notes.push(format!("--quick left out the tests that boot VMs ({error:#})")),
+        }
+    }
+    if let Ok(lines) = fs::read_to_string(&skips) {
+        summary.notes.extend(lines.lines().map(str::to_owned));
+        fs::remove_file(skips)?;
+    }
+    Ok(summary.finish())
+}
+
+fn shim_size() -> Result<String> {
+    let file = target_folder()?.join(SHIM_TARGET).join("shim/onequote-shim");
+    let size = fs::metadata(&file).with_context(|| format!("no {}", file.display()))?.len();
+    ensure!(size <= SHIM_LIMIT, "the shim has {size} bytes, {SHIM_LIMIT} at most are wanted");
+    Ok(format!("{size} bytes"))
+}
+
+fn boot_tests() -> Result<Vec<String>> {
+    let output = cargo("test").args(["--quiet", "--package", "onequote-tests", "--", "--list"]).output()?;
+    ensure!(output.status.success(), "cannot list the tests");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+    Ok(names.filter(|name| name.contains(BOOTS)).map(str::to_owned).collect())
+}
+
+/// What was done and how it went.
+#[derive(Default)]
+struct Summary {
+    lines: Vec<(bool, String)>,
+    notes: Vec<String>,
+}
+
+impl Summary {
+    fn step(&mut self, name: &str, command: &mut Command) {
+        println!("\n==== {name}");
+        let start = Instant::now();
+        let outcome = run(command);
+        self.note(name, start.elapsed(), outcome.map(|()| String::new()));
+    }
+
+    fn check(&mut self, name: &str, check: impl FnOnce() -> Result<String>) {
+        let start = Instant::now();
+        let outcome = check();
+        self.note(name, start.elapsed(), outcome);
+    }
+
+    fn note(&mut self, name: &str, time: Duration, outcome: Result<String>) {
+        let (good, text) = match outcome {
+            Ok(text) => (true, text),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        self.lines.push((good, format!("{name:<24} {:>6.1} s  {text}", time.as_secs_f32())));
+    }
+
+    fn finish(self) -> ExitCode {
+        println!("\n==== summary");
+        for (good, line) in &self.lines {
+            println!("{}  {line}", if *good { "ok    " } else { "FAILED" });
+        }
+        for note in &self.notes {
+            println!("note    {note}");
+        }
+        match self.lines.iter().all(|(good, _)| *good) {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        }
+    }
+}
+
+fn cargo(word: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.arg(word).current_dir(workspace());
+    command
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The folder of this program's profile is in it.
+fn target_folder() -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    own.ancestors().nth(2).map(Path::to_owned).context("this program is in no target folder")
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    match status.success() {
+        true => Ok(()),
+        false => bail!("ended with {status}"),
+    }
+}
+
+/// Runs a program whose exit code is ours.
+fn pass_on(command: &mut Command) -> Result<ExitCode> {
+    let status = command
+        .env("ONEQUOTE_BUILT", "1")
+        .status()
+        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+}
