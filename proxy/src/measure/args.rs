@@ -139,16 +139,11 @@ pub(super) fn absolute(dir: &Path, name: &Path) -> PathBuf {
 /// Where a file lies that QEMU looks up in data directories: at the path, then in each directory.
 /// `program` is QEMU's own path: its distribution's directories lie beside it.
 pub(super) fn in_data_dirs(dir: &Path, program: &Path, more: &[PathBuf], name: &Path) -> Option<PathBuf> {
-    let beside = program.parent().unwrap_or(Path::new("/"));
-    let own = ["../share/qemu", "../share/seabios", "../lib/ipxe/qemu", "../share/qemu-kvm", "../share/qemu-firmware"];
-    let direct = absolute(dir, name);
+    let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let own = ["share/qemu", "share/seabios", "lib/ipxe/qemu", "share/qemu-kvm", "share/qemu-firmware"];
     let given = more.iter().map(|d| absolute(dir, &d.join(name)));
-    let built_in = own.iter().map(|d| beside.join(d).join(name));
-    std::iter::once(direct)
-        .chain(given)
-        .chain(built_in)
-        .find(|path| path.exists())
-        .map(|path| if path.starts_with(beside) { path.canonicalize().unwrap_or(path) } else { path })
+    let built_in = own.iter().map(|d| prefix.join(d).join(name));
+    std::iter::once(absolute(dir, name)).chain(given).chain(built_in).find(|path| path.exists())
 }
 
 fn option_name(arg: &OsStr) -> Option<&str> {
@@ -280,7 +275,7 @@ mod tests {
         let find = |name: &str| in_data_dirs(&at("cwd"), &at("usr/bin/qemu"), &[at("L")], Path::new(name));
         assert_eq!(find("bios"), None);
         std::fs::write(at("usr/share/qemu/bios"), "").unwrap();
-        assert_eq!(find("bios"), Some(at("usr/share/qemu/bios").canonicalize().unwrap()));
+        assert_eq!(find("bios"), Some(at("usr/share/qemu/bios")));
         std::fs::write(at("L/bios"), "").unwrap();
         assert_eq!(find("bios"), Some(at("L/bios")));
         std::fs::write(at("cwd/bios"), "").unwrap();

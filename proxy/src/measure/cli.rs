@@ -87,8 +87,8 @@ mod tests {
             measure_files(files, json, &mut out).map(|()| String::from_utf8(out).unwrap())
         };
         let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(print(&[file.clone()], false).unwrap(), format!("{digest}  {}\n", file.display()));
-        let json: serde_json::Value = serde_json::from_str(&print(&[file.clone()], true).unwrap()).unwrap();
+        assert_eq!(print(std::slice::from_ref(&file), false).unwrap(), format!("{digest}  {}\n", file.display()));
+        let json: serde_json::Value = serde_json::from_str(&print(std::slice::from_ref(&file), true).unwrap()).unwrap();
         assert_eq!(json[0]["digest"], format!("sha256:{digest}"));
         assert_eq!(json[0]["size"], 3);
         let gone = print(&[file, dir.path().join("gone")], false).unwrap_err().to_string();

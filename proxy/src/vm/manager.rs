@@ -96,7 +96,7 @@ impl Env {
     }
 }
 
-/// Watches a host's VMs until it is dropped. QEMU goes on without it.
+/// Watches a host's VMs until it is stopped or dropped. QEMU goes on without it.
 pub struct Manager {
     registry: Registry,
     scans: mpsc::Sender<oneshot::Sender<()>>,
@@ -149,6 +149,14 @@ impl Manager {
         &self.registry
     }
 
+    /// Stops watching. Nothing is logged any more when this is done.
+    pub async fn stop(self) {
+        let Self { scans, task, .. } = self;
+        drop(scans);
+        // A task that failed has nothing left to wait for.
+        let _ = task.await;
+    }
+
     /// Searches the host for VMs without a monitor now, and logs new ones. Done when that is in the log.
     pub async fn scan(&self) {
         let (done, scanned) = oneshot::channel();
@@ -156,12 +164,6 @@ impl Manager {
             // Its end without an answer is the manager's end.
             let _ = scanned.await;
         }
-    }
-}
-
-impl Drop for Manager {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 
@@ -194,7 +196,8 @@ impl Keeper {
                 }
                 _ = look.tick() => self.look(),
                 _ = scan.tick() => self.scan().await,
-                Some(done) = wanted.recv() => {
+                done = wanted.recv() => {
+                    let Some(done) = done else { break };
                     self.scan().await;
                     // Who asked may have gone.
                     let _ = done.send(());
@@ -206,6 +209,8 @@ impl Keeper {
                 }
             }
         }
+        // The manager is gone.
+        self.tasks.shutdown().await;
     }
 
     /// Starts a task for each socket that is new.
@@ -253,7 +258,7 @@ impl Keeper {
             // Monitors that were there before are still being connected to.
             return;
         }
-        let managed: HashSet<u32> = self.env.registry.snapshot().vms.iter().map(|vm| vm.pid).collect();
+        let managed = self.env.registry.managed();
         let found = tokio::task::spawn_blocking(move || unmanaged::find(&managed, scan.older_than)).await;
         let found = match found.map_err(io::Error::other).and_then(|found| found) {
             Ok(found) => found,

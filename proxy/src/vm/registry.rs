@@ -1,7 +1,7 @@
 //! What the proxy knows of VMs at this moment, for the statement, the status and the guests' door.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -123,6 +123,20 @@ struct Inner {
     vms: BTreeMap<VmRef, LiveVm>,
     sockets: BTreeMap<PathBuf, SocketTrouble>,
     unmanaged: Vec<UnmanagedProcess>,
+    /// Processes behind monitors, those among them that are not in `vms` yet, too.
+    met: BTreeSet<u32>,
+}
+
+/// A process that was met at a monitor, as long as this lives.
+pub(super) struct Met {
+    registry: Registry,
+    pid: u32,
+}
+
+impl Drop for Met {
+    fn drop(&mut self) {
+        self.registry.lock().met.remove(&self.pid);
+    }
 }
 
 impl Default for Registry {
@@ -200,6 +214,18 @@ impl Registry {
     pub(super) fn leave(&self, vm: VmRef) {
         self.lock().vms.remove(&vm);
         self.shared.left.notify_waiters();
+    }
+
+    /// Notes that a process has a monitor, and so is not unmanaged.
+    pub(super) fn meet(&self, pid: u32) -> Met {
+        self.lock().met.insert(pid);
+        Met { registry: self.clone(), pid }
+    }
+
+    /// Processes that are not unmanaged.
+    pub(super) fn managed(&self) -> HashSet<u32> {
+        let inner = self.lock();
+        inner.met.iter().copied().chain(inner.vms.values().map(|vm| vm.pid)).collect()
     }
 
     /// Sets or clears a socket's trouble. Says whether that is new.

@@ -14,7 +14,7 @@ use super::{
     facts::{Facts, run_state},
     manager::Env,
     outbox::Outbox,
-    registry::{LiveVm, NoticeKind, Stage},
+    registry::{LiveVm, Met, NoticeKind, Stage},
     start::Occasion,
 };
 use crate::{
@@ -56,6 +56,7 @@ pub(super) struct Session {
     /// Images that the log has from before a restart of the proxy, in case they cannot be measured any more.
     expected: Vec<Image>,
     recheck: bool,
+    _met: Met,
 }
 
 impl Session {
@@ -69,6 +70,7 @@ impl Session {
         let gone = || std::io::Error::other("the monitor's process is not to be found");
         let pid = qmp.peer_pid().ok_or_else(|| MeasureError::of("process", gone()))?;
         let process = Process::open(pid).map_err(|e| MeasureError::of("process", e))?;
+        let met = env.registry.meet(pid);
         let facts = Facts::ask(&qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
@@ -93,6 +95,7 @@ impl Session {
             cause: None,
             expected: Vec::new(),
             recheck: false,
+            _met: met,
         })
     }
 

@@ -40,13 +40,20 @@ impl Session {
             );
             return self.refuse(reason, String::new()).await;
         }
+        if !gate {
+            // It runs: until it is measured, the log says at least that it is there.
+            self.head(occasion);
+            self.flush().await;
+        }
         let measured = tokio::select! {
             biased;
             // There is nothing left to measure or to let run; the life of the session goes on to its end.
             () = self.process.ended() => return,
             measured = self.measure(!gate) => measured,
         };
-        self.head(occasion);
+        if gate {
+            self.head(occasion);
+        }
         match measured {
             Ok(measurement) if gate => self.let_run(measurement).await,
             Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,

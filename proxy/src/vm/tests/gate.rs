@@ -30,7 +30,7 @@ async fn is_still_stopped(world: &World, monitor: &str) {
 }
 
 /// As much of a kernel's header as QEMU looks at (Linux `Documentation/arch/x86/boot.rst`).
-fn bzimage() -> Vec<u8> {
+pub(super) fn bzimage() -> Vec<u8> {
     let mut image = vec![0; 8192];
     image[0x1f1] = 1;
     image[0x202..0x206].copy_from_slice(b"HdrS");
@@ -143,7 +143,7 @@ async fn a_path_that_was_exchanged_does_not_start() {
     );
     world.log.wait(started).await;
     let mut world = world;
-    world.manager = None;
+    world.manager.take().unwrap().stop().await;
     world.log = std::sync::Arc::default();
     std::fs::rename(world.path("disk.raw"), world.path("was.raw")).unwrap();
     std::fs::rename(world.path("evil.raw"), world.path("disk.raw")).unwrap();
@@ -195,7 +195,7 @@ async fn a_file_that_is_gone_does_not_start() {
         let _qemu = world.qemu("x", &["-S", "-M", "q35", arg, value]);
         world.log.wait(started).await;
         let mut world = world;
-        world.manager = None;
+        world.manager.take().unwrap().stop().await;
         world.log = std::sync::Arc::default();
         std::fs::remove_file(world.path(file)).unwrap();
         world.start(None);

@@ -146,7 +146,7 @@ async fn after_a_restart_the_living_are_measured_again_and_the_gone_closed() {
     let _lives = world.qemu("lives", &["-S", "-M", "q35"]);
     world.until(|r| r.vms.len() == 2 && r.vms.iter().all(|v| v.stage == Stage::Watched)).await;
     world.log.wait_kind("vm-resume").await;
-    world.manager = None;
+    world.manager.take().unwrap().stop().await;
     let open = open_sessions(&world.log.inventory.read().unwrap());
     assert_eq!(open.len(), 2);
     gone.kill().await.unwrap();

@@ -4,4 +4,5 @@
 
 mod gate;
 mod life;
+mod more;
 mod world;
