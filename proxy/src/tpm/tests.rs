@@ -165,3 +165,76 @@ fn wrong_arguments_reach_no_tpm() {
         assert!(!error.kind.is_fatal());
     }
 }
+
+#[test]
+fn tpm2_checkquote_accepts_a_quote() {
+    let swtpm = Swtpm::start();
+    let mut tpm = EsapiTpm::open(&swtpm.tcti()).unwrap();
+    let quote = tpm.quote(&[0xA5; 32], &all(&HashAlg::ALL, &QUOTED_PCRS)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let check = |qualifying_data: &str| {
+        let output = std::process::Command::new("tpm2_checkquote")
+            .arg("-u")
+            .arg(file("ak.pub", tpm.ak_public()))
+            .arg("-m")
+            .arg(file("attest", &quote.attest))
+            .arg("-s")
+            .arg(file("signature", &quote.signature))
+            .args(["-g", "sha256", "-q", qualifying_data])
+            .output()
+            .expect("tpm2-tools must be installed");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (accepted, why) = check(&"a5".repeat(32));
+    assert!(accepted, "{why}");
+    assert!(!check(&"a6".repeat(32)).0);
+}
+
+#[test]
+fn registers_are_read_as_of_one_moment() {
+    const EXTENDS: usize = 25;
+    let swtpm = Swtpm::start();
+    let mut tpm = EsapiTpm::open(&swtpm.tcti()).unwrap();
+    let registers = all(&HashAlg::ALL, &(0..PCR_COUNT).collect::<Vec<_>>());
+    // What PCR 10 holds after each extend, in all banks.
+    let mut states = vec![HashAlg::ALL.map(pcr::zeros)];
+    for _ in 0..EXTENDS {
+        let mut next = states.last().unwrap().clone();
+        for (bank, value) in HashAlg::ALL.into_iter().zip(&mut next) {
+            pcr::extend(bank, value, &bank.hash(b"somebody else"));
+        }
+        states.push(next);
+    }
+    let argument = HashAlg::ALL.map(|bank| format!("{bank}={}", Blob(bank.hash(b"somebody else")))).join(",");
+    let mut seen = BTreeSet::new();
+    for _ in 0..EXTENDS {
+        let mut other = std::process::Command::new("tpm2_pcrextend")
+            .arg(format!("10:{argument}"))
+            .env("TPM2TOOLS_TCTI", swtpm.tcti())
+            .spawn()
+            .expect("tpm2-tools must be installed");
+        // Not without end: swtpm would never get round to the other.
+        for _ in 0..6 {
+            let values = tpm.pcr_read(&registers).unwrap();
+            let now = HashAlg::ALL.map(|bank| values[&Register { bank, pcr: 10 }].clone());
+            let state = states.iter().position(|state| *state == now);
+            seen.insert(state.expect("the banks are of the same moment"));
+        }
+        assert!(other.wait().unwrap().success());
+    }
+    assert!(seen.len() > 2, "{seen:?}");
+}
+
+#[test]
+fn the_environment_is_left_alone_beside_other_threads() {
+    let (stop, wait) = std::sync::mpsc::channel::<()>();
+    let other = std::thread::spawn(move || wait.recv());
+    assert_eq!(silence_tss_log(), std::env::var_os("TSS2_LOG").is_some());
+    drop(stop);
+    let _ = other.join();
+}

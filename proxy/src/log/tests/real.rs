@@ -55,6 +55,22 @@ async fn a_tpm_that_dies_and_returns() {
     assert_eq!(told(&read(dir.path(), 1)).tags, ["a", "b"]);
 }
 
+#[tokio::test]
+async fn a_tpm_that_forgets_our_key_is_opened_anew() {
+    let swtpm = Swtpm::start();
+    let dir = tempfile::tempdir().unwrap();
+    let (_recorder, log) = start(dir.path(), &swtpm.tcti()).unwrap();
+    for round in 0..3 {
+        // Without a resource manager an opening takes away what others have in the TPM.
+        drop(EsapiTpm::open(&swtpm.tcti()).unwrap());
+        let appended = log.append(PcrRole::Vm, vec![event(&format!("{round}"))]).await.unwrap();
+        assert_eq!((appended.epoch.number, appended.recnum), (1, round + 1));
+        drop(EsapiTpm::open(&swtpm.tcti()).unwrap());
+        log.quote(|_| sha256(&[])).await.unwrap();
+    }
+    assert_eq!(told(&read(dir.path(), 1)).tags, ["0", "1", "2"]);
+}
+
 /// Not a test by itself: what the killed processes do. Appends one event after the other and prints each that was
 /// acknowledged.
 #[test]
