@@ -34,6 +34,9 @@ pub enum MeasureErrorKind {
     /// It changed while it was read.
     #[error("changed while it was measured")]
     Changed,
+    /// It changed after QEMU, which may have read it before that, was started.
+    #[error("changed after QEMU was started, which may have read what it held before; start QEMU again")]
+    ChangedSinceStart,
     /// The path names another file than the one that QEMU opened.
     #[error("the path no longer names a file that QEMU holds open: it was replaced or removed")]
     NotHeld,

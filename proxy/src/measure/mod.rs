@@ -6,11 +6,15 @@
 //! through `/proc/PID/fd`, so that the measured bytes are those of the inode that QEMU has. A block node's path must
 //! still name that inode, else the measurement fails: a path that was exchanged after QEMU opened it is an attack or a
 //! mistake, and neither may start. A file that QEMU read and closed (kernel, initrd, firmware, files named by
-//! arguments) is read by its path, and its inode, size, mtime and ctime must be the same before and after.
+//! arguments) is read by its path, and its inode, size, mtime and ctime must be the same before and after. Before a VM
+//! is let run such a file must also be as old as its QEMU, by ctime, which programs cannot set: else QEMU may have read
+//! something else.
 //!
 //! # What this can't see
 //! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with
-//! one another after QEMU opened both, each file is measured, but under the other's slot.
+//! one another after QEMU opened both, each file is measured, but under the other's slot. A folder on a path that is
+//! exchanged as a whole between QEMU's reading and ours leaves the ctime of its files alone.
+//! Disks that are no block nodes (nvdimm, vhost-user-blk, virtiofs, 9p) are seen as devices and arguments only.
 //!
 //! Nothing is skipped: what cannot be read, or is no local file, is an error that names the item.
 

@@ -9,6 +9,7 @@ use std::{
         unix::{ffi::OsStringExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use onequote_evidence::id::{BootId, SessionId};
@@ -17,6 +18,9 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 /// The longest argument vector in bytes (the kernel's own limit is a quarter of the stack, 2 MiB by default).
 const MAX_ARGUMENTS: u64 = 8 * 1024 * 1024;
+
+/// Clock ticks a second in `/proc`: part of the kernel's interface on x86 and ARM, whatever its own rate.
+pub(crate) const TICKS: u64 = 100;
 
 /// One process, told from a later one with the same pid by its start time and a pidfd.
 #[derive(Debug)]
@@ -62,6 +66,16 @@ impl Process {
     #[must_use]
     pub fn session(&self, boot: BootId) -> SessionId {
         SessionId::of_process(boot, self.pid, self.start_time)
+    }
+
+    /// When it started, by the host's clock as it is set now; up to 20 ms early.
+    ///
+    /// # Errors
+    /// When `/proc` is not to be read.
+    pub fn started(&self) -> io::Result<SystemTime> {
+        let since_boot = Duration::from_millis(self.start_time.saturating_mul(1000 / TICKS));
+        let age = uptime()?.saturating_sub(since_boot);
+        Ok(SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH))
     }
 
     /// Waits for its end. Safe to cancel.
@@ -138,6 +152,14 @@ impl Process {
     fn path(&self, name: &str) -> PathBuf {
         Path::new("/proc").join(self.pid.to_string()).join(name)
     }
+}
+
+/// Time since the host's boot.
+pub(crate) fn uptime() -> io::Result<Duration> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds: Option<f64> = text.split_ascii_whitespace().next().and_then(|s| s.parse().ok());
+    let time = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
+    time.ok_or_else(|| io::Error::other("/proc/uptime is not understood"))
 }
 
 /// Field 22 of `/proc/PID/stat`: clock ticks from the host's boot to the process' start.

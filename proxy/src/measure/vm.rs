@@ -4,9 +4,11 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     fs::File,
+    io,
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use onequote_evidence::{
@@ -25,6 +27,9 @@ use crate::qmp::Qmp;
 
 /// The longest text that is logged with a component. A longer one is logged by its digest alone.
 const MAX_TEXT: usize = 64 * 1024;
+
+/// How exactly a process' start is known.
+const START_SLACK: Duration = Duration::from_millis(50);
 
 /// The longest configuration file that is searched for the names of further files.
 const MAX_CONFIG: u64 = 1024 * 1024;
@@ -225,8 +230,19 @@ impl VmMeter<'_> {
 
     async fn by_path(&self, role: Role, path: &Path) -> Result<Component, MeasureError> {
         let measured = measure_path(self.digester, path, None).await;
-        let measured = measured.map_err(|kind| MeasureError::new(role.word(), path, kind))?;
+        let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), path, kind);
+        let measured = measured.map_err(fail)?;
+        if !self.hot && self.changed_since_start(&measured.file).map_err(|e| fail(e.into()))? {
+            return Err(fail(MeasureErrorKind::ChangedSinceStart));
+        }
         Ok(file_component(role, path, &measured))
+    }
+
+    fn changed_since_start(&self, file: &File) -> io::Result<bool> {
+        let m = file.metadata()?;
+        let changed = u64::try_from(m.ctime()).unwrap_or(0);
+        let nanos = u32::try_from(m.ctime_nsec()).unwrap_or(0);
+        Ok(SystemTime::UNIX_EPOCH + Duration::new(changed, nanos) > self.process.started()? + START_SLACK)
     }
 
     fn program(&self) -> Result<PathBuf, MeasureError> {

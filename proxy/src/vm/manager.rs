@@ -320,6 +320,10 @@ async fn serve(env: Arc<Env>, socket: Socket) {
         }
         sleep(env.config.retry).await;
     }
+    // The last trouble may have come after the socket went; one that was made anew has a task of its own.
+    if socket_id(&path).is_none() {
+        env.registry.trouble(&path, None);
+    }
 }
 
 /// Logs the end of a session that the log left open, when nobody else will.

@@ -6,9 +6,6 @@ use serde::Serialize;
 
 use crate::measure::process;
 
-/// Clock ticks a second in `/proc`: part of the kernel's interface on x86 and ARM, whatever its own rate.
-const TICKS: u64 = 100;
-
 /// How the host is searched.
 #[derive(Debug, Clone)]
 pub struct Scan {
@@ -40,7 +37,7 @@ pub struct UnmanagedProcess {
 /// Looks at every process: its program's name begins with `qemu-system` or is `qemu-kvm`, or it holds `/dev/kvm`.
 /// Processes that may not be looked at are passed over: run the proxy with the rights to see them.
 pub(super) fn find(managed: &HashSet<u32>, older_than: Duration) -> io::Result<Vec<UnmanagedProcess>> {
-    let now = uptime()?;
+    let now = process::uptime()?;
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
@@ -49,7 +46,7 @@ pub(super) fn find(managed: &HashSet<u32>, older_than: Duration) -> io::Result<V
             continue;
         }
         let Ok(start_time) = process::start_time(pid) else { continue };
-        let age = now.saturating_sub(Duration::from_millis(start_time.saturating_mul(1000 / TICKS)));
+        let age = now.saturating_sub(Duration::from_millis(start_time.saturating_mul(1000 / process::TICKS)));
         if age >= older_than {
             let program = fs::read_link(entry.path().join("exe")).unwrap_or_default();
             let arguments = process::arguments(pid).unwrap_or_default();
@@ -74,16 +71,6 @@ fn looks_like_vm(proc: &Path) -> bool {
 fn holds_kvm(fds: &Path) -> bool {
     let Ok(entries) = fs::read_dir(fds) else { return false };
     entries.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/kvm")))
-}
-
-fn uptime() -> io::Result<Duration> {
-    let text = fs::read_to_string("/proc/uptime")?;
-    let seconds: f64 = text
-        .split_ascii_whitespace()
-        .next()
-        .and_then(|s| s.parse().ok())
-        .ok_or_else(|| io::Error::other("/proc/uptime is not understood"))?;
-    Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 fn cut(text: &str) -> String {

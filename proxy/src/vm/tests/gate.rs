@@ -132,25 +132,60 @@ async fn firmware_in_flash_is_an_image() {
     assert_eq!(images, [("pflash0", true), ("pflash1", false)]);
 }
 
+/// Starts a waiting QEMU whose monitor the manager sees only after something happened to its files.
+async fn refused_after(world: &World, args: &[&str], happens: impl FnOnce()) -> VmRefuse {
+    let _qemu = world.qemu_elsewhere("late.qmp", args);
+    drop(world.monitor("late.qmp").await);
+    happens();
+    std::fs::rename(world.path("late.qmp"), world.socket("late")).unwrap();
+    let refusal = world.log.wait(refused).await;
+    assert_eq!(world.log.kinds(), ["vm-create", "vm-refuse"]);
+    assert_eq!(world.registry().vms[0].run_state, "prelaunch");
+    refusal
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_was_exchanged_does_not_start() {
     let world = World::new();
     world.file("disk.raw", vec![1; 1 << 20]);
     world.file("evil.raw", vec![2; 1 << 20]);
-    let _qemu = world.qemu(
-        "unused",
-        &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root", "-qmp", &second_monitor("b.qmp")],
-    );
-    world.log.wait(started).await;
-    let mut world = world;
-    world.manager.take().unwrap().stop().await;
-    world.log = std::sync::Arc::default();
-    std::fs::rename(world.path("disk.raw"), world.path("was.raw")).unwrap();
-    std::fs::rename(world.path("evil.raw"), world.path("disk.raw")).unwrap();
-    world.start(None);
-    let refusal = world.log.wait(refused).await;
+    let exchange = || {
+        std::fs::rename(world.path("disk.raw"), world.path("was.raw")).unwrap();
+        std::fs::rename(world.path("evil.raw"), world.path("disk.raw")).unwrap();
+    };
+    let args = ["-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root"];
+    let refusal = refused_after(&world, &args, exchange).await;
     assert_eq!(refusal.item, "root");
     assert!(refusal.reason.contains("disk.raw") && refusal.reason.contains("replaced"), "{}", refusal.reason);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_changed_after_qemu_read_it_does_not_start() {
+    let world = World::new();
+    world.file("kernel", bzimage());
+    // The process' start is known to within some hundredths of a second.
+    let change = || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        world.file("kernel", [1; 8192]);
+    };
+    let refusal = refused_after(&world, &["-M", "q35", "-kernel", "kernel"], change).await;
+    assert_eq!(refusal.item, "kernel");
+    assert!(refusal.reason.contains("changed after QEMU was started"), "{}", refusal.reason);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_gone_does_not_start() {
+    for (arg, value, item) in [
+        ("-kernel", "gone", "kernel"),
+        ("-bios", "gone", "firmware"),
+        ("-fw_cfg", "name=opt/x,file=gone", "argument-file"),
+    ] {
+        let world = World::new();
+        world.file("gone", vec![0; 1 << 16]);
+        let remove = || std::fs::remove_file(world.path("gone")).unwrap();
+        let refusal = refused_after(&world, &["-M", "q35", arg, value], remove).await;
+        assert_eq!(refusal.item, item);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -181,26 +216,6 @@ async fn what_cannot_be_measured_does_not_start() {
     assert_eq!(world.log.records()[0].len(), 2, "creation and refusal are one record");
     is_still_stopped(&world, "b.qmp").await;
     assert!(world.registry().vms[0].error.as_deref().unwrap().contains("vm is not let run: nothing"));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_is_gone_does_not_start() {
-    for (arg, value, file, item) in [
-        ("-kernel", "gone", "gone", "kernel"),
-        ("-bios", "gone", "gone", "firmware"),
-        ("-fw_cfg", "name=opt/x,file=gone", "gone", "argument-file"),
-    ] {
-        let world = World::new();
-        world.file(file, vec![0; 1 << 16]);
-        let _qemu = world.qemu("x", &["-S", "-M", "q35", arg, value]);
-        world.log.wait(started).await;
-        let mut world = world;
-        world.manager.take().unwrap().stop().await;
-        world.log = std::sync::Arc::default();
-        std::fs::remove_file(world.path(file)).unwrap();
-        world.start(None);
-        assert_eq!(world.log.wait(refused).await.item, item);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

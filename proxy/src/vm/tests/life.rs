@@ -182,7 +182,7 @@ async fn the_same_vm_starts_again_after_its_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_that_is_lost_is_found_again() {
     let world = World::new();
-    let _qemu = world.qemu_elsewhere("b.qmp");
+    let _qemu = world.qemu_elsewhere("b.qmp", &["-M", "none"]);
     drop(world.monitor("b.qmp").await);
     // The process behind the monitor is this one: what matters here is that it lives on.
     let listener = tokio::net::UnixListener::bind(world.socket("vm")).unwrap();
@@ -237,7 +237,7 @@ async fn a_disk_that_is_written_while_it_is_attached() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_without_a_monitor_is_found() {
     let world = World::new();
-    let mut qemu = world.qemu_elsewhere("b.qmp");
+    let mut qemu = world.qemu_elsewhere("b.qmp", &["-M", "none"]);
     let pid = qemu.id().unwrap();
     drop(world.monitor("b.qmp").await);
     let find = || unmanaged::find(&Default::default(), std::time::Duration::ZERO).unwrap();

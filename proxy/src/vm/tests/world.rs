@@ -162,9 +162,10 @@ impl World {
     }
 
     /// Starts QEMU where the manager doesn't look.
-    pub(super) fn qemu_elsewhere(&self, monitor: &str) -> Child {
+    pub(super) fn qemu_elsewhere(&self, monitor: &str, args: &[&str]) -> Child {
         tokio::process::Command::new("qemu-system-x86_64")
-            .args(["-nodefaults", "-display", "none", "-m", "64", "-M", "none", "-S", "-qmp", &second_monitor(monitor)])
+            .args(["-nodefaults", "-display", "none", "-m", "64", "-S", "-qmp", &second_monitor(monitor)])
+            .args(args)
             .current_dir(self.dir.path())
             .kill_on_drop(true)
             .spawn()
