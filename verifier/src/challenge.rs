@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 //! Challenges: nonces that are asked once and answered once.
 //!
 //! A nonce is 32 random bytes, written down before it is sent. An answer marks it; a second answer is a replay. Old
@@ -49,4 +46,3 @@ pub async fn issue<S: Store>(
     store.prune(TimeMs(now.0.saturating_sub(MEMORY))).await?;
     Ok(Challenge { nonce, expires })
 }
->>>>>>> wt-d

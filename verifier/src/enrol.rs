@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 //! Enrolment by hand: the operator names a host, its attestation key, its proxy's certificate and its address.
 //!
 //! Both sides of a connection have a self-signed certificate and know the other's: that one certificate is the only
@@ -238,4 +235,3 @@ mod tests {
         assert!(e.to_string().contains("c.pem"), "{e}");
     }
 }
->>>>>>> wt-d

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 //! One attestation of one host: challenge, ask, appraise, keep.
 //!
 //! The challenge is written down before it is sent and marked as answered before it is appraised. The verdict is
@@ -191,10 +188,14 @@ pub fn faulty(id: &HostId, fault: &Fault, last: Option<&Verdict>, source: &dyn S
         text = format!("{text}: {e}");
         cause = e.source();
     }
-    Verdict::without_evidence(id.clone(), Finding::new(Code::VerifierFault, "verifier").actual(text), last, source.now())
+    Verdict::without_evidence(
+        id.clone(),
+        Finding::new(Code::VerifierFault, "verifier").actual(text),
+        last,
+        source.now(),
+    )
 }
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
->>>>>>> wt-d

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 //! The command line.
 //!
 //! Exit codes of `attest` and `verify`: 0 when host and VMs are all trusted, 1 when anything is not, 2 for a wrong
@@ -179,4 +176,3 @@ pub enum PolicyCommand {
         digest: FileDigest,
     },
 }
->>>>>>> wt-d
