@@ -1,1 +1,257 @@
+//! `serve`: asks every enrolled host again and again, keeps the last verdicts, and shows them as JSON.
+//!
+//! One task a host. Its rounds begin a random part of the period after the start, so that hosts are not asked all at
+//! once, and follow each other by the period with a tenth of jitter; a host that gives no evidence is asked again
+//! after a growing part of the period. Hosts that are enrolled or removed meanwhile are noticed. Only one round of a
+//! host runs at a time.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET /v1/hosts` | array of `{id, state, time, expires, vms}`: `vms` counts states |
+//! | `GET /v1/hosts/{id}` | the verdict, as it holds now |
+//! | `POST /v1/hosts/{id}/attest` | a new verdict |
+//! | `GET /healthz` | 200 while the store answers |
+//!
+//! There is no authentication here yet: it listens on loopback unless told otherwise.
 
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Serialize;
+use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle};
+
+use onequote_evidence::id::{HostId, TimeMs};
+
+use crate::{
+    result,
+    round::{Fault, Verifier, faulty},
+    store::{Store, StoreError},
+};
+
+/// How often the list of enrolled hosts is read again.
+const REREAD: Duration = Duration::from_secs(2);
+
+/// A verifier that serves.
+pub struct Server<S> {
+    verifier: Verifier<S>,
+    period: Duration,
+    /// One round at a time for each host.
+    turns: Mutex<BTreeMap<HostId, Arc<Mutex<()>>>>,
+}
+
+/// A line of the list of hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Line {
+    /// The host.
+    pub id: HostId,
+    /// Its state; none when it was never asked.
+    pub state: Option<result::State>,
+    /// When the verdict was made.
+    pub time: Option<TimeMs>,
+    /// When it stops to hold.
+    pub expires: Option<TimeMs>,
+    /// Number of VMs by state.
+    pub vms: BTreeMap<result::State, u64>,
+}
+
+impl<S: Store> Server<S> {
+    /// Asks each host every `period`.
+    #[must_use]
+    pub fn new(verifier: Verifier<S>, period: Duration) -> Arc<Self> {
+        Arc::new(Self { verifier, period, turns: Mutex::default() })
+    }
+
+    /// Serves until `stop` is done.
+    ///
+    /// # Errors
+    /// When the listener fails.
+    pub async fn run(
+        self: Arc<Self>,
+        listener: TcpListener,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> std::io::Result<()> {
+        let rounds = tokio::spawn(Arc::clone(&self).watch_hosts());
+        let served = axum::serve(listener, router(self)).with_graceful_shutdown(stop).await;
+        rounds.abort();
+        served
+    }
+
+    /// Keeps one task for each enrolled host.
+    async fn watch_hosts(self: Arc<Self>) {
+        let mut tasks: BTreeMap<HostId, AbortOnDrop> = BTreeMap::new();
+        let mut tick = tokio::time::interval(REREAD);
+        loop {
+            tick.tick().await;
+            match self.verifier.store.hosts().await {
+                Ok(hosts) => {
+                    tasks.retain(|id, _| hosts.contains(id));
+                    for id in hosts {
+                        tasks.entry(id.clone()).or_insert_with(|| {
+                            AbortOnDrop(tokio::spawn(Arc::clone(&self).keep_asking(id)))
+                        });
+                    }
+                }
+                Err(e) => tracing::error!(error = &e as &dyn std::error::Error, "cannot list the hosts"),
+            }
+        }
+    }
+
+    async fn keep_asking(self: Arc<Self>, id: HostId) {
+        let mut failures = 0;
+        // Only hosts with a verdict wait: a new one is asked at once.
+        let known = self.verifier.store.host(&id).await.is_ok_and(|host| host.verdict.is_some());
+        if known {
+            tokio::time::sleep(self.period.mul_f64(self.random())).await;
+        }
+        loop {
+            let answered = match self.attest(&id).await {
+                Ok(verdict) => {
+                    tracing::info!(host = %id, state = %verdict.host.state, vms = verdict.vms.len(), "attested");
+                    verdict.quote.is_some()
+                }
+                Err(Fault::Store(StoreError::NoHost(_))) => return,
+                Err(e) => {
+                    tracing::error!(host = %id, error = &e as &dyn std::error::Error, "cannot attest");
+                    false
+                }
+            };
+            failures = if answered { 0 } else { failures + 1 };
+            tokio::time::sleep(pause(self.period, failures, self.random())).await;
+        }
+    }
+
+    async fn attest(&self, id: &HostId) -> Result<result::Verdict, Fault> {
+        let turn = Arc::clone(self.turns.lock().await.entry(id.clone()).or_default());
+        let _turn = turn.lock().await;
+        self.verifier.attest(id).await.map(|round| round.verdict)
+    }
+
+    /// From 0 to 1.
+    fn random(&self) -> f64 {
+        let mut bytes = [0; 4];
+        self.verifier.source.fill(&mut bytes);
+        f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
+    }
+}
+
+/// How long to wait before the next round: the period and a tenth of jitter, or less after a failure.
+fn pause(period: Duration, failures: u32, random: f64) -> Duration {
+    let share = match failures {
+        0 => 1.0,
+        // 1/8, 1/4, 1/2, then the whole.
+        n => (2_f64.powi(i32::try_from(n.min(4)).unwrap_or(4)) / 16.0).min(1.0),
+    };
+    period.mul_f64(share * (0.95 + random / 10.0))
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+type Shared<S> = State<Arc<Server<S>>>;
+
+fn router<S: Store>(server: Arc<Server<S>>) -> Router {
+    Router::new()
+        .route("/v1/hosts", get(list::<S>))
+        .route("/v1/hosts/{id}", get(show::<S>))
+        .route("/v1/hosts/{id}/attest", post(attest::<S>))
+        .route("/healthz", get(health::<S>))
+        .with_state(server)
+}
+
+async fn list<S: Store>(State(server): Shared<S>) -> Result<Json<Vec<Line>>, ApiError> {
+    let mut lines = Vec::new();
+    for id in server.verifier.store.hosts().await? {
+        let host = server.verifier.store.host(&id).await?;
+        let verdict = host.verdict.map(|verdict| verdict.at(server.verifier.source.now()));
+        let mut vms = BTreeMap::new();
+        for vm in verdict.iter().flat_map(|verdict| &verdict.vms) {
+            *vms.entry(vm.state).or_default() += 1;
+        }
+        lines.push(Line {
+            id,
+            state: verdict.as_ref().map(|v| v.host.state),
+            time: verdict.as_ref().map(|v| v.time),
+            expires: verdict.as_ref().map(|v| v.expires),
+            vms,
+        });
+    }
+    Ok(Json(lines))
+}
+
+async fn show<S: Store>(
+    State(server): Shared<S>,
+    Path(id): Path<String>,
+) -> Result<Json<result::Verdict>, ApiError> {
+    let host = server.verifier.store.host(&host_id(&id)?).await?;
+    let verdict = host.verdict.ok_or(ApiError(StatusCode::NOT_FOUND, "the host was not asked yet".into()))?;
+    Ok(Json(verdict.at(server.verifier.source.now())))
+}
+
+async fn attest<S: Store>(
+    State(server): Shared<S>,
+    Path(id): Path<String>,
+) -> Result<Json<result::Verdict>, ApiError> {
+    let id = host_id(&id)?;
+    match server.attest(&id).await {
+        Ok(verdict) => Ok(Json(verdict)),
+        Err(Fault::Store(e)) => Err(e.into()),
+        Err(fault) => Ok(Json(faulty(&id, &fault, None, &*server.verifier.source))),
+    }
+}
+
+async fn health<S: Store>(State(server): Shared<S>) -> Result<&'static str, ApiError> {
+    server.verifier.store.hosts().await?;
+    Ok("ok\n")
+}
+
+struct ApiError(StatusCode, String);
+
+impl From<StoreError> for ApiError {
+    fn from(e: StoreError) -> Self {
+        let status = match e {
+            StoreError::NoHost(_) => StatusCode::NOT_FOUND,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        tracing::debug!(error = &e as &dyn std::error::Error, "request failed");
+        Self(status, e.to_string())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(serde_json::json!({ "error": self.1 }))).into_response()
+    }
+}
+
+fn host_id(text: &str) -> Result<HostId, ApiError> {
+    text.parse().map_err(|e: &str| ApiError(StatusCode::BAD_REQUEST, e.to_owned()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_asked_sooner_but_less_and_less() {
+        let period = Duration::from_secs(60);
+        let times: Vec<u64> = (0..6).map(|n| pause(period, n, 0.5).as_secs()).collect();
+        assert_eq!(times, [60, 7, 15, 30, 60, 60]);
+        assert!(pause(period, 0, 1.0) <= Duration::from_secs(63));
+    }
+}

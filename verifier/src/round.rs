@@ -1,1 +1,196 @@
+//! One attestation of one host: challenge, ask, appraise, keep.
+//!
+//! The challenge is written down before it is sent and marked as answered before it is appraised. The verdict is
+//! written together with the state that it was made against; when another round of the same host was faster, this one
+//! begins again with a new challenge, since its evidence may be older than the state.
 
+use std::{sync::Arc, time::Duration};
+
+use onequote_evidence::{id::HostId, tpm::Public};
+
+use crate::{
+    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness},
+    challenge,
+    client::{self, Target},
+    enrol::Identity,
+    finding::{Code, Finding},
+    policy::{Policy, PolicyError},
+    result::Verdict,
+    source::Source,
+    store::{Host, NonceUse, Store, StoreError},
+};
+
+/// How often a round begins again.
+const ATTEMPTS: usize = 4;
+
+/// Times of a round.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// How long a challenge may be answered.
+    pub challenge: Duration,
+    /// How long a verdict holds.
+    pub verdict: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self { challenge: Duration::from_secs(60), verdict: Duration::from_secs(300) }
+    }
+}
+
+/// The verifier at work.
+pub struct Verifier<S> {
+    /// Where everything is kept.
+    pub store: S,
+    /// Its own certificate.
+    pub identity: Identity,
+    /// Time and randomness.
+    pub source: Arc<dyn Source>,
+    /// How long things hold.
+    pub times: Times,
+}
+
+/// What a round gave.
+#[derive(Debug, Clone)]
+pub struct Round {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The evidence as it came, if any came.
+    pub evidence: Option<Vec<u8>>,
+    /// What was shown to be measured, if the evidence was whole.
+    pub facts: Option<Facts>,
+}
+
+/// The verifier's own fault: it says nothing about the host.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The policy in force cannot be read (any more).
+    #[error("the policy in force for host {host} cannot be used: put it right with policy set")]
+    Policy {
+        /// Of which host.
+        host: HostId,
+        /// Why.
+        source: PolicyError,
+    },
+    /// The enrolled key cannot be read.
+    #[error("the attestation key enrolled for host {host} cannot be read: enrol it again")]
+    Key {
+        /// Of which host.
+        host: HostId,
+        /// Why.
+        source: onequote_evidence::Malformed,
+    },
+    /// Others were always faster.
+    #[error("host {0} is attested by too many at once; try again")]
+    Busy(HostId),
+}
+
+impl<S: Store> Verifier<S> {
+    /// Attests a host.
+    ///
+    /// # Errors
+    /// [`Fault`]. That the host is unreachable or untrusted is no error: the verdict says so.
+    pub async fn attest(&self, id: &HostId) -> Result<Round, Fault> {
+        for _ in 0..ATTEMPTS {
+            let host = self.store.host(id).await?;
+            let Some(round) = self.try_attest(&host).await? else { continue };
+            return Ok(round);
+        }
+        Err(Fault::Busy(id.clone()))
+    }
+
+    /// One attempt; none when the host's state was renewed meanwhile.
+    async fn try_attest(&self, host: &Host) -> Result<Option<Round>, Fault> {
+        let enrolled = &host.enrolment;
+        let id = &enrolled.id;
+        let ak = Public::parse(&enrolled.ak).map_err(|source| Fault::Key { host: id.clone(), source })?;
+        let policy = self.policy(host)?;
+        let lifetime = millis(self.times.challenge);
+        let challenge = challenge::issue(&self.store, &*self.source, id, lifetime).await?;
+        let target = Target { host: id, url: &enrolled.url, certificate: &enrolled.certificate };
+        let answer = client::ask(target, &self.identity, &challenge.nonce, self.times.challenge).await;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(e) => {
+                let round = self.without_evidence(host, e.finding(&enrolled.url), None);
+                return Ok(self.keep(host, round, None).await?);
+            }
+        };
+        let received = match Received::read(&answer.evidence) {
+            Ok(received) => received,
+            Err(finding) => {
+                let round = self.without_evidence(host, finding, Some(answer.evidence));
+                return Ok(self.keep(host, round, None).await?);
+            }
+        };
+        let now = self.source.now();
+        let claimed = &received.evidence().head.nonce.0;
+        let claimed_was_answered = self.store.was_answered(claimed).await?;
+        let unused = self.store.answer(&challenge.nonce, id, now).await? == NonceUse::Fresh;
+        let freshness = Freshness::Asked {
+            nonce: challenge.nonce,
+            binding: answer.binding,
+            expires: challenge.expires,
+            unused,
+            claimed_was_answered,
+        };
+        let context = Context {
+            host: Some(id),
+            ak: &ak,
+            software_tpm: enrolled.software_tpm,
+            freshness: &freshness,
+            state: &host.state,
+            policy: policy.as_ref().map(|(policy, version)| (policy, *version)),
+            now,
+            lifetime: millis(self.times.verdict),
+        };
+        let Appraisal { verdict, state, facts } = appraise(&received, &context);
+        let round = Round { verdict, evidence: Some(answer.evidence), facts };
+        Ok(self.keep(host, round, state).await?)
+    }
+
+    fn policy(&self, host: &Host) -> Result<Option<(Policy, u64)>, Fault> {
+        let Some((version, text)) = &host.policy else { return Ok(None) };
+        let id = &host.enrolment.id;
+        let policy = Policy::parse(text, &format!("policy of {id}, version {version}"));
+        let policy = policy.map_err(|source| Fault::Policy { host: id.clone(), source })?;
+        Ok(Some((policy, *version)))
+    }
+
+    fn without_evidence(&self, host: &Host, finding: Finding, evidence: Option<Vec<u8>>) -> Round {
+        let last = host.verdict.as_ref();
+        let mut verdict = Verdict::without_evidence(host.enrolment.id.clone(), finding, last, self.source.now());
+        verdict.host.software_tpm = host.enrolment.software_tpm;
+        Round { verdict, evidence, facts: None }
+    }
+
+    async fn keep(
+        &self,
+        host: &Host,
+        round: Round,
+        state: Option<crate::appraise::state::HostState>,
+    ) -> Result<Option<Round>, StoreError> {
+        let id = &host.enrolment.id;
+        let kept = self.store.commit(id, host.version, state.as_ref(), Some(&round.verdict)).await?;
+        Ok(kept.then_some(round))
+    }
+}
+
+/// The verdict that shows a fault of the verifier itself.
+#[must_use]
+pub fn faulty(id: &HostId, fault: &Fault, last: Option<&Verdict>, source: &dyn Source) -> Verdict {
+    let mut text = fault.to_string();
+    let mut cause = std::error::Error::source(fault);
+    while let Some(e) = cause {
+        text = format!("{text}: {e}");
+        cause = e.source();
+    }
+    Verdict::without_evidence(id.clone(), Finding::new(Code::VerifierFault, "verifier").actual(text), last, source.now())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

@@ -25,7 +25,7 @@ use crate::{
 
 /// When images were measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub(super) enum Seen {
     /// Nothing could have changed them since.
     BeforeItRan,
     /// They may have been other ones at the start.
@@ -33,7 +33,7 @@ pub enum Seen {
 }
 
 /// Judges the images of a start and notes that they are in use.
-pub fn start(
+pub(super) fn start(
     vm: &mut VmExpectation,
     session: SessionId,
     images: &[Image],
@@ -67,7 +67,7 @@ pub fn start(
 }
 
 /// Judges images that a running VM was given. Their past is not known.
-pub fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&VmRule>) -> Vec<Finding> {
+pub(super) fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&VmRule>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for image in images {
         match rule.and_then(|rule| rule.images.get(&image.slot)) {
@@ -83,7 +83,7 @@ pub fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&VmRule>) 
 }
 
 /// Takes over how a run left its images.
-pub fn stop(vm: &mut VmExpectation, session: SessionId, stop: &VmStop, time: TimeMs) {
+pub(super) fn stop(vm: &mut VmExpectation, session: SessionId, stop: &VmStop, time: TimeMs) {
     for (slot, expectation) in &mut vm.images {
         let ImageStatus::InUse { session: user, broken } = &mut expectation.now else { continue };
         if *user != session {

@@ -1,1 +1,178 @@
+//! The command line.
+//!
+//! Exit codes of `attest` and `verify`: 0 when host and VMs are all trusted, 1 when anything is not, 2 for a wrong
+//! call or a fault of the verifier itself, 3 when the host could not be reached.
 
+mod commands;
+mod table;
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+use onequote_evidence::{
+    digest::FileDigest,
+    id::{HostId, Nonce, VmId},
+};
+
+pub use commands::{CliError, run};
+
+/// Appraises hosts and their VMs by one TPM quote.
+#[derive(Debug, Parser)]
+#[command(name = "onequote-verifier", version, about, max_term_width = 120)]
+pub struct Cli {
+    /// Folder with identity and database
+    #[arg(long, global = true, default_value = "/var/lib/onequote-verifier")]
+    pub state: PathBuf,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make the verifier's identity; prints the certificate's path, which proxies must be given
+    Init,
+    /// Enrol a host, or with --replace give an enrolled one another key, certificate or URL
+    Enrol(Enrol),
+    /// Forget a host, its policies and its state
+    Remove {
+        /// The host
+        host: HostId,
+    },
+    /// List the enrolled hosts with their last verdicts
+    Hosts {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask a host for evidence and appraise it
+    Attest {
+        /// The host
+        host: HostId,
+        /// Print the verdict as JSON
+        #[arg(long)]
+        json: bool,
+        /// Save the evidence, to be verified again later
+        #[arg(long, value_name = "FILE")]
+        save: Option<PathBuf>,
+        /// Seconds to wait for the answer
+        #[arg(long, default_value_t = 60)]
+        timeout: u64,
+    },
+    /// Appraise saved evidence; nothing is asked and nothing is kept
+    Verify(Verify),
+    /// Propose, check and set policies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Ask all enrolled hosts again and again, and show the verdicts as JSON over HTTP
+    Serve {
+        /// Where to listen; port 0 takes a free one. The address is written to STATE/serve.addr
+        #[arg(long, default_value = "127.0.0.1:20306")]
+        listen: SocketAddr,
+        /// Seconds between two rounds of a host
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+        period: u64,
+        /// Seconds that a verdict holds; three periods unless given
+        #[arg(long)]
+        lifetime: Option<u64>,
+    },
+    /// List all finding codes with what they mean and what to do, as Markdown
+    Codes,
+}
+
+/// Arguments of `enrol`.
+#[derive(Debug, Args)]
+pub struct Enrol {
+    /// The host's id, as in its proxy's configuration
+    pub host: HostId,
+    /// Its attestation key (TPM2B_PUBLIC): the proxy's init writes it as ak.pub
+    #[arg(long, value_name = "FILE")]
+    pub ak: PathBuf,
+    /// Its proxy's certificate, PEM
+    #[arg(long, value_name = "PEM")]
+    pub certificate: PathBuf,
+    /// Where its proxy listens: https://ADDRESS:PORT
+    #[arg(long)]
+    pub url: String,
+    /// A policy to put in force
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// The host's TPM is software: no root of trust, and every verdict will say so
+    #[arg(long)]
+    pub software_tpm: bool,
+    /// Put this in place of what is enrolled; another key makes the verifier forget the host's state
+    #[arg(long)]
+    pub replace: bool,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The saved evidence
+    pub file: PathBuf,
+    /// The host's attestation key (TPM2B_PUBLIC)
+    #[arg(long, value_name = "FILE", required_unless_present = "host", conflicts_with = "host")]
+    pub ak: Option<PathBuf>,
+    /// Or an enrolled host, whose key and policy are taken
+    #[arg(long)]
+    pub host: Option<HostId>,
+    /// The nonce that the evidence must answer, in hexadecimal; without it freshness is not proven
+    #[arg(long)]
+    pub nonce: Option<Nonce>,
+    /// The policy to judge by
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Print the verdict as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to do with policies.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Propose a policy from what a host measures now, or from saved evidence
+    Learn {
+        /// An enrolled host: it is asked, unless evidence is given
+        host: Option<HostId>,
+        /// Saved evidence
+        #[arg(long, value_name = "FILE")]
+        evidence: Option<PathBuf>,
+        /// The attestation key that signed it, if the host is not enrolled
+        #[arg(long, value_name = "FILE", requires = "evidence", conflicts_with = "host")]
+        ak: Option<PathBuf>,
+        /// Where to write; standard output unless given
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Put a policy in force for a host
+    Set {
+        /// The host
+        host: HostId,
+        /// The policy
+        file: PathBuf,
+    },
+    /// Print the policy in force for a host
+    Show {
+        /// The host
+        host: HostId,
+    },
+    /// Check a policy file without putting it in force
+    Check {
+        /// The policy
+        file: PathBuf,
+    },
+    /// Accept that a disk image has this digest at the next start at which it is found, though its past is broken
+    AcceptImage {
+        /// The host
+        host: HostId,
+        /// The VM's UUID
+        vm: VmId,
+        /// The image's slot, as the finding names it
+        slot: String,
+        /// The digest, as the finding names it
+        digest: FileDigest,
+    },
+}

@@ -64,14 +64,6 @@ impl AllowList {
     pub fn is_empty(&self) -> bool {
         self.by_path.is_empty()
     }
-
-    pub(super) fn extend(&mut self, other: Self) {
-        for (path, hashes) in other.by_path {
-            for hash in hashes {
-                self.allow(&path, hash);
-            }
-        }
-    }
 }
 
 impl fmt::Display for FileHash {

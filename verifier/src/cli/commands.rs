@@ -1,0 +1,358 @@
+//! Carries the commands out.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use onequote_evidence::tpm::Public;
+use tokio::net::TcpListener;
+
+use super::{Cli, Command, Enrol, PolicyCommand, Verify, table};
+use crate::{
+    api::Server,
+    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
+    enrol::{self, EnrolError, Identity},
+    finding::{Class, Code, Finding},
+    policy::{Policy, PolicyError, learn},
+    result::{Skipped, State, Verdict},
+    round::{Fault, Times, Verifier},
+    source::{Source, System},
+    store::{Store, StoreError, sqlite::Sqlite},
+};
+
+const DATABASE: &str = "verifier.sqlite";
+
+/// The file with the address that `serve` listens on.
+const ADDRESS_FILE: &str = "serve.addr";
+
+/// The longest evidence file that is read, in bytes.
+const MAX_EVIDENCE: u64 = 64 * 1024 * 1024;
+
+/// A command that could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// Enrolment or identity.
+    #[error(transparent)]
+    Enrol(#[from] EnrolError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A round.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    /// A file.
+    #[error("{doing} {path}")]
+    File {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The address to listen on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// It.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Standard output, or the server's listener.
+    #[error("cannot go on")]
+    Io(#[from] std::io::Error),
+    /// Nothing can be learned.
+    #[error("nothing can be learned from this evidence:\n{0}")]
+    NotWhole(String),
+    /// A wrong call.
+    #[error("{0}")]
+    Usage(String),
+}
+
+/// Carries a command out.
+///
+/// # Errors
+/// [`CliError`]; the process should then end with 2.
+pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
+    let state = cli.state;
+    let done = ExitCode::SUCCESS;
+    match cli.command {
+        Command::Init => {
+            let path = Identity::create(&state)?;
+            open(&state).await?;
+            say(&format!("{}\n", path.display()))?;
+        }
+        Command::Enrol(args) => enrol_host(&state, args).await?,
+        Command::Remove { host } => open(&state).await?.remove(&host).await?,
+        Command::Hosts { json } => hosts(&open(&state).await?, json).await?,
+        Command::Attest { host, json, save, timeout } => {
+            let times = Times { challenge: Duration::from_secs(timeout), ..Times::default() };
+            let round = verifier(&state, times).await?.attest(&host).await?;
+            if let (Some(path), Some(evidence)) = (&save, &round.evidence) {
+                write(path, evidence)?;
+            }
+            show(&round.verdict, json)?;
+            return Ok(exit_code(&round.verdict));
+        }
+        Command::Verify(args) => return verify(&state, args).await,
+        Command::Policy(command) => policy(&state, command).await?,
+        Command::Serve { listen, period, lifetime } => {
+            let period = Duration::from_secs(period);
+            let times = Times {
+                verdict: lifetime.map_or(period * 3, Duration::from_secs),
+                ..Times::default()
+            };
+            let fail = |source| CliError::Listen { address: listen.to_string(), source };
+            let server = Server::new(verifier(&state, times).await?, period);
+            let listener = TcpListener::bind(listen).await.map_err(fail)?;
+            let address = listener.local_addr().map_err(fail)?;
+            write(&state.join(ADDRESS_FILE), address.to_string().as_bytes())?;
+            tracing::info!(%address, "serving");
+            if !address.ip().is_loopback() {
+                tracing::warn!("whoever reaches {address} can read all verdicts: there is no authentication");
+            }
+            server.run(listener, stop_signal()).await?;
+        }
+        Command::Codes => {
+            let mut out = String::from("| code | what it means | what to do |\n| --- | --- | --- |\n");
+            for code in Code::ALL {
+                out += &format!("| `{code}` | {} | {} |\n", code.meaning(), code.advice());
+            }
+            say(&out)?;
+        }
+    }
+    Ok(done)
+}
+
+async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let term = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut term) => {
+                term.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = term => {}
+    }
+}
+
+async fn enrol_host(state: &Path, args: Enrol) -> Result<(), CliError> {
+    let Enrol { host, ak, certificate, url, policy, software_tpm, replace } = args;
+    let enrolment = enrol::read_enrolment(host.clone(), &url, &ak, &certificate, software_tpm)?;
+    let policy = policy.map(|path| Policy::load(&path)).transpose()?;
+    let store = open(state).await?;
+    store.enrol(&enrolment, replace).await?;
+    if let Some((_, text)) = policy {
+        store.set_policy(&host, &text, System.now()).await?;
+    }
+    Ok(())
+}
+
+async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
+    let mut hosts = Vec::new();
+    for id in store.hosts().await? {
+        let mut host = store.host(&id).await?;
+        host.verdict = host.verdict.map(|verdict| verdict.at(System.now()));
+        hosts.push(host);
+    }
+    if json {
+        let list: Vec<_> = (hosts.iter())
+            .map(|host| {
+                serde_json::json!({
+                    "id": host.enrolment.id,
+                    "url": host.enrolment.url,
+                    "software_tpm": host.enrolment.software_tpm,
+                    "policy": host.policy.as_ref().map(|(version, _)| version),
+                    "state": host.verdict.as_ref().map(|v| v.host.state),
+                    "vms": host.verdict.as_ref().map(|v| v.vms.len()),
+                })
+            })
+            .collect();
+        return say(&format!("{:#}\n", serde_json::Value::Array(list)));
+    }
+    say(&table::hosts(&hosts))
+}
+
+async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
+    let bytes = read_evidence(&args.file)?;
+    let mut ours = None;
+    let mut stored = None;
+    let (ak, software_tpm) = match (&args.ak, &args.host) {
+        (Some(path), _) => (enrol::read_ak(path)?.1, false),
+        (None, Some(host)) => {
+            let host = open(state).await?.host(host).await?;
+            ours = Some(host.enrolment.id.clone());
+            stored = host.policy;
+            let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
+            (Public::parse(&host.enrolment.ak).map_err(key)?, host.enrolment.software_tpm)
+        }
+        (None, None) => return Err(CliError::Usage("give --ak or --host".into())),
+    };
+    let policy = match (&args.policy, stored) {
+        (Some(path), _) => Some((Policy::load(path)?.0, 0)),
+        (None, Some((version, text))) => Some((Policy::parse(&text, "policy in force")?, version)),
+        (None, None) => None,
+    };
+    let freshness = Freshness::Offline { nonce: args.nonce };
+    let context = Context {
+        host: ours.as_ref(),
+        ak: &ak,
+        software_tpm,
+        freshness: &freshness,
+        state: &HostState::default(),
+        policy: policy.as_ref().map(|(policy, version)| (policy, *version)),
+        now: System.now(),
+        lifetime: 0,
+    };
+    let mut verdict = match Received::read(&bytes) {
+        Ok(received) => appraise(&received, &context).verdict,
+        Err(finding) => {
+            // "unknown" is a host id.
+            #[allow(clippy::expect_used)]
+            let id = ours.clone().unwrap_or_else(|| "unknown".parse().expect("a host id"));
+            Verdict::without_evidence(id, finding, None, System.now())
+        }
+    };
+    verdict.skipped.push(Skipped::new("accepted-state", "saved evidence is judged without what came before it"));
+    show(&verdict, args.json)?;
+    Ok(exit_code(&verdict))
+}
+
+async fn policy(state: &Path, command: PolicyCommand) -> Result<(), CliError> {
+    match command {
+        PolicyCommand::Learn { host, evidence, ak, output } => {
+            let facts = match (host, evidence, ak) {
+                (Some(host), None, _) => {
+                    let round = verifier(state, Times::default()).await?.attest(&host).await?;
+                    round.facts.ok_or_else(|| not_whole(&round.verdict))?
+                }
+                (Some(host), Some(file), _) => {
+                    let host = open(state).await?.host(&host).await?;
+                    let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
+                    let ak = Public::parse(&host.enrolment.ak).map_err(key)?;
+                    let policy = host.policy.map(|(_, text)| Policy::parse(&text, "policy in force")).transpose()?;
+                    learn_offline(&file, &ak, policy.as_ref())?
+                }
+                (None, Some(file), Some(ak)) => learn_offline(&file, &enrol::read_ak(&ak)?.1, None)?,
+                _ => return Err(CliError::Usage("give a host, or --evidence with --ak".into())),
+            };
+            let text = learn::propose(&facts);
+            match output {
+                Some(path) => write(&path, text.as_bytes()),
+                None => say(&text),
+            }
+        }
+        PolicyCommand::Set { host, file } => {
+            let (_, text) = Policy::load(&file)?;
+            let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
+            say(&format!("policy version {version} is in force for {host}\n"))
+        }
+        PolicyCommand::Show { host } => match open(state).await?.host(&host).await?.policy {
+            Some((_, text)) => say(&text),
+            None => Err(CliError::Usage(format!("no policy is in force for {host}"))),
+        },
+        PolicyCommand::Check { file } => {
+            let (policy, _) = Policy::load(&file)?;
+            let files = |list: Option<&crate::policy::AllowList>| list.map_or(0, crate::policy::AllowList::len);
+            let all: usize = policy.vms.iter().map(|vm| files(vm.ima.as_ref())).sum();
+            let (registers, rules) = (policy.host.registers.len(), policy.vms.len());
+            let all = all + files(policy.host.ima.as_ref());
+            say(&format!("{}: {registers} registers, {rules} VM rules, {all} files\n", file.display()))
+        }
+        PolicyCommand::AcceptImage { host, vm, slot, digest } => {
+            let store = open(state).await?;
+            let kept = store.host(&host).await?;
+            let mut state = kept.state;
+            state.accept_image(vm, &slot, digest);
+            if !store.commit(&host, kept.version, Some(&state), None).await? {
+                return Err(Fault::Busy(host).into());
+            }
+            Ok(())
+        }
+    }
+}
+
+fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Facts, CliError> {
+    let received = Received::read(&read_evidence(file)?);
+    let received = received.map_err(|finding| CliError::NotWhole(table::finding(&finding)))?;
+    let context = Context {
+        host: None,
+        ak,
+        software_tpm: false,
+        freshness: &Freshness::Offline { nonce: None },
+        state: &HostState::default(),
+        policy: policy.map(|policy| (policy, 0)),
+        now: System.now(),
+        lifetime: 0,
+    };
+    let Appraisal { verdict, facts, .. } = appraise(&received, &context);
+    facts.ok_or_else(|| not_whole(&verdict))
+}
+
+fn not_whole(verdict: &Verdict) -> CliError {
+    let of = |f: &&Finding| matches!(f.code.class(), Class::Evidence | Class::Absence);
+    let findings: Vec<String> = verdict.host.findings.iter().filter(of).map(table::finding).collect();
+    CliError::NotWhole(findings.join("\n"))
+}
+
+async fn open(state: &Path) -> Result<Sqlite, CliError> {
+    if !state.join(enrol::IDENTITY_FILE).exists() {
+        let path = state.join(enrol::IDENTITY_FILE);
+        return Err(EnrolError::NoIdentity { path, state: state.to_owned() }.into());
+    }
+    Ok(Sqlite::open(&state.join(DATABASE)).await?)
+}
+
+async fn verifier(state: &Path, times: Times) -> Result<Verifier<Sqlite>, CliError> {
+    let identity = Identity::load(state)?;
+    Ok(Verifier { store: open(state).await?, identity, source: Arc::new(System), times })
+}
+
+fn exit_code(verdict: &Verdict) -> ExitCode {
+    ExitCode::from(match verdict.host.state {
+        State::VerifierFault => 2,
+        State::Unreachable => 3,
+        _ if verdict.all_trusted() => 0,
+        _ => 1,
+    })
+}
+
+fn show(verdict: &Verdict, json: bool) -> Result<(), CliError> {
+    if json {
+        let text = serde_json::to_string_pretty(verdict).map_err(std::io::Error::other)?;
+        return say(&format!("{text}\n"));
+    }
+    say(&table::verdict(verdict))
+}
+
+fn say(text: &str) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // Whoever read has read enough.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+fn read_evidence(path: &Path) -> Result<Vec<u8>, CliError> {
+    let fail = |source| CliError::File { doing: "cannot read", path: path.to_owned(), source };
+    if std::fs::metadata(path).map_err(fail)?.len() > MAX_EVIDENCE {
+        return Err(fail(std::io::Error::other(format!("larger than {MAX_EVIDENCE} bytes"))));
+    }
+    std::fs::read(path).map_err(fail)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    std::fs::write(path, bytes).map_err(|source| CliError::File { doing: "cannot write", path: path.to_owned(), source })
+}
