@@ -14,11 +14,7 @@
 //!
 //! There is no authentication here yet: it listens on loopback unless told otherwise.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -96,9 +92,9 @@ impl<S: Store> Server<S> {
                 Ok(hosts) => {
                     tasks.retain(|id, _| hosts.contains(id));
                     for id in hosts {
-                        tasks.entry(id.clone()).or_insert_with(|| {
-                            AbortOnDrop(tokio::spawn(Arc::clone(&self).keep_asking(id)))
-                        });
+                        tasks
+                            .entry(id.clone())
+                            .or_insert_with(|| AbortOnDrop(tokio::spawn(Arc::clone(&self).keep_asking(id))));
                     }
                 }
                 Err(e) => tracing::error!(error = &e as &dyn std::error::Error, "cannot list the hosts"),
@@ -193,19 +189,13 @@ async fn list<S: Store>(State(server): Shared<S>) -> Result<Json<Vec<Line>>, Api
     Ok(Json(lines))
 }
 
-async fn show<S: Store>(
-    State(server): Shared<S>,
-    Path(id): Path<String>,
-) -> Result<Json<result::Verdict>, ApiError> {
+async fn show<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
     let host = server.verifier.store.host(&host_id(&id)?).await?;
     let verdict = host.verdict.ok_or(ApiError(StatusCode::NOT_FOUND, "the host was not asked yet".into()))?;
     Ok(Json(verdict.at(server.verifier.source.now())))
 }
 
-async fn attest<S: Store>(
-    State(server): Shared<S>,
-    Path(id): Path<String>,
-) -> Result<Json<result::Verdict>, ApiError> {
+async fn attest<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
     let id = host_id(&id)?;
     match server.attest(&id).await {
         Ok(verdict) => Ok(Json(verdict)),

@@ -153,7 +153,9 @@ async fn connect(target: Target<'_>, identity: &Identity) -> Result<TlsStream<Tc
 
 fn config(pinned: &[u8], identity: &Identity) -> Result<ClientConfig, AskError> {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(pinned.to_vec())).map_err(|e| tls("the pinned certificate", std::io::Error::other(e)))?;
+    roots
+        .add(CertificateDer::from(pinned.to_vec()))
+        .map_err(|e| tls("the pinned certificate", std::io::Error::other(e)))?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&TLS13]);
     let builder = builder.map_err(AskError::Identity)?.with_root_certificates(roots);

@@ -188,7 +188,12 @@ pub fn faulty(id: &HostId, fault: &Fault, last: Option<&Verdict>, source: &dyn S
         text = format!("{text}: {e}");
         cause = e.source();
     }
-    Verdict::without_evidence(id.clone(), Finding::new(Code::VerifierFault, "verifier").actual(text), last, source.now())
+    Verdict::without_evidence(
+        id.clone(),
+        Finding::new(Code::VerifierFault, "verifier").actual(text),
+        last,
+        source.now(),
+    )
 }
 
 fn millis(time: Duration) -> u64 {

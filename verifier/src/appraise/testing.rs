@@ -339,6 +339,16 @@ impl World {
 
     /// Evidence for this nonce; `forge` may change statement and quote before they are signed.
     pub(crate) fn quote(&self, nonce: &Nonce, forge: impl FnOnce(&mut Statement, &mut AttestFields)) -> Parts {
+        self.quote_for(nonce, BINDING, forge)
+    }
+
+    /// The same for a connection with this exporter value.
+    pub(crate) fn quote_for(
+        &self,
+        nonce: &Nonce,
+        binding: &[u8],
+        forge: impl FnOnce(&mut Statement, &mut AttestFields),
+    ) -> Parts {
         let mut replay = Replay::begin(&self.records[0]).unwrap();
         for record in &self.records[1..] {
             replay.apply(record).unwrap();
@@ -363,7 +373,7 @@ impl World {
         forge(&mut statement, &mut attest);
         let statement = statement.to_bytes();
         let others: Vec<Sha256> = (1..4).map(|n| sha256(&[&[n]])).collect();
-        let leaves = [others[0], nonce_tree::leaf(nonce, BINDING), others[1], others[2]];
+        let leaves = [others[0], nonce_tree::leaf(nonce, binding), others[1], others[2]];
         let (root, paths) = nonce_tree::build(&leaves).unwrap();
         if attest.extra.is_empty() {
             attest.extra = nonce_tree::qualifying_data(&root, &statement).0.to_vec();
@@ -382,7 +392,7 @@ impl World {
             path: paths[1].clone(),
             registers: registers.collect(),
             nonce: Blob(nonce.as_bytes().to_vec()),
-            binding: Blob(BINDING.to_vec()),
+            binding: Blob(binding.to_vec()),
         };
         Parts {
             head,

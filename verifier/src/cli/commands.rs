@@ -105,10 +105,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Policy(command) => policy(&state, command).await?,
         Command::Serve { listen, period, lifetime } => {
             let period = Duration::from_secs(period);
-            let times = Times {
-                verdict: lifetime.map_or(period * 3, Duration::from_secs),
-                ..Times::default()
-            };
+            let times = Times { verdict: lifetime.map_or(period * 3, Duration::from_secs), ..Times::default() };
             let fail = |source| CliError::Listen { address: listen.to_string(), source };
             let server = Server::new(verifier(&state, times).await?, period);
             let listener = TcpListener::bind(listen).await.map_err(fail)?;
@@ -354,5 +351,9 @@ fn read_evidence(path: &Path) -> Result<Vec<u8>, CliError> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
-    std::fs::write(path, bytes).map_err(|source| CliError::File { doing: "cannot write", path: path.to_owned(), source })
+    std::fs::write(path, bytes).map_err(|source| CliError::File {
+        doing: "cannot write",
+        path: path.to_owned(),
+        source,
+    })
 }

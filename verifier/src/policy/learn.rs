@@ -57,7 +57,11 @@ fn host(out: &mut String, facts: &Facts) {
         .map(|item| format!("\"{}\" = \"{}\"", item.pcr, item.value))
         .collect();
     if !history.is_empty() {
-        let _ = writeln!(out, "# What the boot loader left in the log's registers.\nhistory = {{ {} }}", history.join(", "));
+        let _ = writeln!(
+            out,
+            "# What the boot loader left in the log's registers.\nhistory = {{ {} }}",
+            history.join(", ")
+        );
     }
     let files = files(facts.host_entries.iter().map(|raw| (SHA1_HASH_SIZE, raw.as_slice())), out);
     let _ = writeln!(out, "\n[host.registers]");
@@ -127,7 +131,10 @@ fn part(out: &mut String, start: &VmStart, key: &str, role: Role, judged_only_if
     values.dedup();
     let list = values.join(", ");
     if judged_only_if_named && role == Role::Arguments {
-        let _ = writeln!(out, "# The arguments name sockets and ports, and change often; to judge them:\n# {key} = [{list}]");
+        let _ = writeln!(
+            out,
+            "# The arguments name sockets and ports, and change often; to judge them:\n# {key} = [{list}]"
+        );
     } else {
         let _ = writeln!(out, "{key} = [{list}]");
     }

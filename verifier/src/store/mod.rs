@@ -98,12 +98,7 @@ pub trait Store: Send + Sync + 'static {
     fn host(&self, id: &HostId) -> impl Future<Output = Result<Host, StoreError>> + Send;
 
     /// Puts a policy in force and gives its version.
-    fn set_policy(
-        &self,
-        id: &HostId,
-        text: &str,
-        now: TimeMs,
-    ) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    fn set_policy(&self, id: &HostId, text: &str, now: TimeMs) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
     /// Writes down a challenge before it is sent.
     fn issue(

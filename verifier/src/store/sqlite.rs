@@ -13,8 +13,7 @@ use super::{Enrolment, Host, NonceUse, Store, StoreError};
 use crate::{appraise::state::HostState, result::Verdict};
 
 /// One step a version; the database's `user_version` counts the steps taken.
-const MIGRATIONS: &[&str] = &[
-    "CREATE TABLE host (
+const MIGRATIONS: &[&str] = &["CREATE TABLE host (
         id TEXT PRIMARY KEY, url TEXT NOT NULL, ak BLOB NOT NULL, certificate BLOB NOT NULL,
         software_tpm INTEGER NOT NULL, policy INTEGER, state TEXT, version INTEGER NOT NULL, verdict TEXT
     ) STRICT;
@@ -26,8 +25,7 @@ const MIGRATIONS: &[&str] = &[
         nonce BLOB PRIMARY KEY, host TEXT NOT NULL REFERENCES host (id) ON DELETE CASCADE,
         issued INTEGER NOT NULL, expires INTEGER NOT NULL, answered INTEGER
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX nonce_expires ON nonce (expires);",
-];
+    CREATE INDEX nonce_expires ON nonce (expires);"];
 
 /// The store.
 #[derive(Debug, Clone)]
@@ -112,12 +110,10 @@ impl Store for Sqlite {
         let row = sqlx::query(sql).bind(id.as_str()).fetch_optional(&self.pool).await;
         let row = row.map_err(failed("reading a host"))?.ok_or_else(|| StoreError::NoHost(id.clone()))?;
         let json = |what, column: &str| row.get::<Option<String>, _>(column).map(|text| (what, text));
-        let content = |what| {
-            move |e: serde_json::Error| StoreError::Content { what, host: id.to_string(), source: Box::new(e) }
-        };
+        let content =
+            |what| move |e: serde_json::Error| StoreError::Content { what, host: id.to_string(), source: Box::new(e) };
         let state = json("state", "state").map(|(what, text)| serde_json::from_str(&text).map_err(content(what)));
-        let verdict =
-            json("verdict", "verdict").map(|(what, text)| serde_json::from_str(&text).map_err(content(what)));
+        let verdict = json("verdict", "verdict").map(|(what, text)| serde_json::from_str(&text).map_err(content(what)));
         let policy = row.get::<Option<i64>, _>("policy_version").zip(row.get::<Option<String>, _>("policy"));
         Ok(Host {
             enrolment: Enrolment {

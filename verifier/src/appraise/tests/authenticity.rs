@@ -397,7 +397,11 @@ fn the_hosts_ima_list() {
     let appraisal = world.round();
     assert!(appraisal.verdict.all_trusted(), "the list may run ahead: {:#?}", appraisal.verdict.host);
 
-    let with_list = format!("{POLICY}\n[host.ima]\n\"/usr/bin/onequote-proxy\" = [\"sha256:{}\"]\n\"boot_aggregate\" = [\"sha256:{}\"]\n", "08".repeat(32), sha256(&parts));
+    let with_list = format!(
+        "{POLICY}\n[host.ima]\n\"/usr/bin/onequote-proxy\" = [\"sha256:{}\"]\n\"boot_aggregate\" = [\"sha256:{}\"]\n",
+        "08".repeat(32),
+        sha256(&parts)
+    );
     world.policy = Some(with_list.clone());
     assert!(world.round().verdict.all_trusted());
     world.policy = Some(with_list.replace("0808", "0909"));

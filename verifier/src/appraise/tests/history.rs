@@ -281,7 +281,8 @@ fn a_second_list_needs_a_reset() {
 #[test]
 fn a_start_that_is_measured_twice_is_the_last_one() {
     let mut world = web();
-    let mut start = VmStart { components: components(), images: vec![image("disk0", 5, false), image("disk0/1", 6, true)] };
+    let mut start =
+        VmStart { components: components(), images: vec![image("disk0", 5, false), image("disk0/1", 6, true)] };
     start.components.retain(|part| part.role != Role::Initrd);
     world.log(12, Some(vm_ref(1, 1)), start);
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ComponentInitrd]);

@@ -50,10 +50,11 @@ fn every_component_has_its_code() {
 #[test]
 fn arguments_are_judged_when_named() {
     let mut world = World::with_two_vms();
-    world.policy = Some(POLICY.replacen("runtime =", "arguments = [\"sha256:08\"]\nruntime =", 1).replace(
-        "sha256:08\"",
-        &format!("sha256:{}\"", "08".repeat(32)),
-    ));
+    world.policy = Some(
+        POLICY
+            .replacen("runtime =", "arguments = [\"sha256:08\"]\nruntime =", 1)
+            .replace("sha256:08\"", &format!("sha256:{}\"", "08".repeat(32))),
+    );
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ComponentArguments]);
 }
 
