@@ -4,6 +4,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Command, Stdio},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -108,12 +109,19 @@ fn processes_killed_at_any_moment_lose_and_double_nothing() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
+        let (progress, seen) = mpsc::channel();
         let reader = thread::spawn(move || {
             let words = lines.lines().map_while(Result::ok);
-            words.filter_map(|line| line.split_once("acknowledged ").map(|(_, tag)| tag.to_owned())).collect::<Vec<_>>()
+            let tags = words.filter_map(|line| line.split_once("acknowledged ").map(|(_, tag)| tag.to_owned()));
+            tags.inspect(|_| progress.send(()).unwrap_or_default()).collect::<Vec<_>>()
         });
-        // Spread over opening, recovery and writing.
-        thread::sleep(Duration::from_micros(u64::from(round * 7919 % 100) * 1000));
+        // Half of them somewhere in opening and recovery, half somewhere in writing, however slow the machine is now.
+        if round % 2 == 0 {
+            thread::sleep(Duration::from_millis(u64::from(round * 7919 % 97)));
+        } else {
+            (0..round % 7).for_each(|_| seen.recv_timeout(Duration::from_secs(60)).unwrap());
+            thread::sleep(Duration::from_micros(u64::from(round * 7919 % 5000)));
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         let tags = reader.join().unwrap();
@@ -134,5 +142,5 @@ fn processes_killed_at_any_moment_lose_and_double_nothing() {
         told.tags.len(),
         told.starts,
     );
-    assert!(acknowledged.len() > 100 && silent < KILLS * 3 / 4, "{} {silent}", acknowledged.len());
+    assert!(acknowledged.len() > 100, "{}", acknowledged.len());
 }
