@@ -48,6 +48,8 @@ async fn a_tpm_that_dies_and_returns() {
     assert!(error.to_string().contains(&swtpm.tcti()), "{error}");
     assert!(log.quote(|_| sha256(&[])).await.is_err());
     swtpm.restart();
+    let error = log.append(PcrRole::Guest, vec![event("c")]).await.unwrap_err();
+    assert!(matches!(error, RecorderError::NewEpoch { asked: 1, now: 2 }), "{error}");
     let appended = log.append(PcrRole::Guest, vec![event("c")]).await.unwrap();
     assert_eq!((appended.epoch.number, appended.recnum), (2, 1), "swtpm came back reset");
     drop(log);
