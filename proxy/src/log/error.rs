@@ -43,6 +43,15 @@ pub enum RecorderError {
         /// Their size.
         bytes: usize,
     },
+    /// The events were made for an epoch that has ended meanwhile. Nothing says that they are still true: what is must be
+    /// found out and logged anew. They may be in the old log, which no evidence shows any more.
+    #[error("epoch {asked} of the log is over, epoch {now} has begun: everything must be logged anew")]
+    NewEpoch {
+        /// The epoch in which the events were made.
+        asked: u64,
+        /// The one in force.
+        now: u64,
+    },
     /// There is no log yet.
     #[error("there is no log yet: the proxy has not run with this state folder")]
     NoLog,

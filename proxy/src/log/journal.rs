@@ -103,13 +103,13 @@ impl Journal {
         self.store.reader()
     }
 
-    /// Records events: on disk, then in the register.
+    /// Records events of `epoch`: on disk, then in the register.
     ///
     /// # Errors
-    /// After [`RecorderError::Tpm`] the record may be in the file, to be extended at the next recovery; after any
+    /// [`RecorderError::NewEpoch`] when that epoch is over. After [`RecorderError::Tpm`] the record may be in the file, to be extended at the next recovery; after any
     /// other error it is not.
-    pub(super) fn append(&mut self, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
-        self.noting_failure(|journal| journal.append_once_more(role, events))
+    pub(super) fn append(&mut self, epoch: Epoch, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
+        self.noting_failure(|journal| journal.append_once_more(epoch, role, events))
     }
 
     /// Quotes all registers of the configuration, with what `prepare` makes of the log's head.
@@ -143,8 +143,9 @@ impl Journal {
     fn announce(&mut self) -> Result<(), RecorderError> {
         let live = self.take_live()?;
         let start = proxy_start(&mut self.config, live.clock, live.epoch, live.replay.registers());
+        let epoch = live.epoch;
         self.live = Some(live);
-        self.append(PcrRole::Vm, &[start])?;
+        self.append(epoch, PcrRole::Vm, &[start])?;
         self.announced = true;
         Ok(())
     }
@@ -158,10 +159,15 @@ impl Journal {
         self.live.take().ok_or(RecorderError::Ended)
     }
 
-    fn append_once_more(&mut self, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
+    fn append_once_more(&mut self, epoch: Epoch, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
         let mut reopens = 0;
         loop {
             let mut live = self.take_live()?;
+            if live.epoch != epoch {
+                let now = live.epoch.number;
+                self.live = Some(live);
+                return Err(RecorderError::NewEpoch { asked: epoch.number, now });
+            }
             let record = Record::new(live.replay.len(), self.pcr(role), live.replay.banks(), events);
             let position = Position { epoch: live.epoch, recnum: record.recnum };
             let bytes = record.to_bytes();

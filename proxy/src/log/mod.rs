@@ -29,7 +29,9 @@
 //! A record that could not be written is cut off again and its events fail: nothing happened. When the TPM fails, the
 //! record stays in the file; the recorder opens the TPM anew at once, and again with each later request, and recovers
 //! as above. A record whose extend was made up that way counts as if nothing had happened; if the TPM stays away, the
-//! events fail with [`RecorderError::Tpm`], and may yet turn up in the log later.
+//! events fail with [`RecorderError::Tpm`], and may yet turn up in the log later. If the recovery begins a new epoch,
+//! events that were made for the old one fail with [`RecorderError::NewEpoch`]: the new log knows nothing of what they
+//! rest on.
 
 mod error;
 mod file;

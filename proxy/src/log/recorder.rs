@@ -110,13 +110,15 @@ pub struct LogHandle {
 }
 
 impl LogHandle {
-    /// Records events, all in one record, and returns when it is on disk and in the register.
+    /// Records events, all in one record, and returns when it is on disk and in the register. They belong to the epoch in
+    /// force when this is called.
     ///
     /// Waits while too much is queued. When the future is dropped, the events are recorded nevertheless, unless it
     /// was still waiting for room.
     ///
     /// # Errors
-    /// See [`RecorderError`]. After [`RecorderError::Tpm`] the events may still turn up in the log.
+    /// See [`RecorderError`]. After [`RecorderError::Tpm`] the events may still turn up in the log; after
+    /// [`RecorderError::NewEpoch`] they never will.
     pub async fn append(&self, role: PcrRole, events: Vec<Event>) -> Result<Appended, RecorderError> {
         if events.is_empty() {
             return Err(RecorderError::Empty);
@@ -125,10 +127,11 @@ impl LogHandle {
         if bytes + ARRAY_HEAD > MAX_CONTENT || events.len() > MAX_EVENTS {
             return Err(RecorderError::TooLarge { events: events.len(), bytes });
         }
+        let epoch = self.look(|state| state.head.epoch)?;
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         let room = Arc::clone(&self.room).acquire_many_owned(permits).await.map_err(|_| RecorderError::Ended)?;
         let (reply, answer) = oneshot::channel();
-        let append = Append { role, events, bytes, reply, _room: room };
+        let append = Append { epoch, role, events, bytes, reply, _room: room };
         self.requests.send(Request::Append(append)).await.map_err(|_| RecorderError::Ended)?;
         let Position { epoch, recnum } = answer.await.map_err(|_| RecorderError::Ended)??;
         Ok(Appended { epoch, recnum })
@@ -246,6 +249,7 @@ enum Request {
 type Prepare = Box<dyn FnOnce(&LogHead) -> QualifyingData + Send>;
 
 struct Append {
+    epoch: Epoch,
     role: PcrRole,
     events: Vec<Event>,
     bytes: usize,
@@ -288,14 +292,14 @@ impl Worker {
 
     /// One record for the first append and all others of its register that came before the next quote and fit in.
     fn append(&mut self, first: Append) {
-        let role = first.role;
+        let (epoch, role) = (first.epoch, first.role);
         let (mut bytes, mut events) = (first.bytes, first.events);
         let mut waiting = vec![(first.reply, first._room)];
         let mut left = VecDeque::with_capacity(self.pending.len());
         let mut open = true;
         for request in self.pending.drain(..) {
             match request {
-                Request::Append(mut next) if open && next.role == role => {
+                Request::Append(mut next) if open && next.role == role && next.epoch == epoch => {
                     open = bytes + next.bytes + ARRAY_HEAD <= MAX_CONTENT
                         && events.len() + next.events.len() <= MAX_EVENTS;
                     if open {
@@ -313,7 +317,7 @@ impl Worker {
             }
         }
         self.pending = left;
-        let outcome = self.journal.append(role, &events);
+        let outcome = self.journal.append(epoch, role, &events);
         for (reply, _room) in waiting {
             let _ = reply.send(outcome.clone());
         }

@@ -2,12 +2,12 @@
 
 use super::*;
 
-/// Every way in which each of these steps can be the last one.
-fn deaths(steps: &[(&'static str, usize)]) -> Vec<(usize, Happens)> {
+/// Ways in which each of these steps can be the last one: not done, done, and, of an append, each `stride`-th byte.
+fn deaths(steps: &[(&'static str, usize)], stride: usize) -> Vec<(usize, Happens)> {
     let mut deaths = Vec::new();
     for (at, &(_, bytes)) in steps.iter().enumerate() {
         deaths.extend([(at, Happens::Before), (at, Happens::After)]);
-        deaths.extend((1..bytes).map(|part| (at, Happens::Torn(part))));
+        deaths.extend((1..bytes).step_by(stride).map(|part| (at, Happens::Torn(part))));
     }
     deaths
 }
@@ -25,7 +25,7 @@ fn steps_of(prepare: impl Fn(&World), work: impl FnOnce(&World)) -> Vec<(&'stati
 #[test]
 fn nothing_is_lost_or_doubled_wherever_the_process_dies() {
     let steps = steps_of(|_| (), |world| Work::default().run(world).unwrap());
-    let deaths = deaths(&steps);
+    let deaths = deaths(&steps, 1);
     assert!(deaths.len() > 500, "{} deaths in {} steps", deaths.len(), steps.len());
     for &death in &deaths {
         let world = World::new();
@@ -89,7 +89,7 @@ fn assert_epoch_begins(change: impl Fn(&World), gap: Option<GapReason>) {
         change(world);
     };
     let steps = steps_of(prepare, |world| drop(world.start().unwrap()));
-    for death in deaths(&steps) {
+    for death in deaths(&steps, 11) {
         let world = World::new();
         prepare(&world);
         let first = world.disk.logs()[&1].clone();
@@ -133,7 +133,7 @@ fn a_damaged_log_begins_an_epoch_with_a_gap() {
 #[test]
 fn a_reset_before_the_last_extend_was_made_up_begins_an_epoch_too() {
     let steps = steps_of(|_| (), |world| Work::default().run(world).unwrap());
-    for death in deaths(&steps) {
+    for death in deaths(&steps, 11) {
         let world = World::new();
         let mut work = Work::default();
         world.plan(Some(death), true);

@@ -48,7 +48,7 @@ fn every_flipped_byte_is_a_gap() {
 fn every_truncation_is_a_gap_unless_nothing_whole_is_left() {
     let bytes = worked().disk.logs()[&1].clone();
     let first = Record::parse_first(&bytes).unwrap().1;
-    for len in first..bytes.len() {
+    for len in (first..bytes.len()).step_by(3).chain([bytes.len() - 1]) {
         let world = worked();
         world.disk.edit(1, |bytes| bytes.truncate(len));
         assert_gap(&world, &format!("{len} bytes left"));

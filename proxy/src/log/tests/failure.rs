@@ -91,14 +91,14 @@ fn a_full_disk_fails_every_append_until_there_is_room() {
     let mut journal = world.start_well();
     world.disk.set_fault(|name, bytes| if name == "append" { DiskFault::Torn(bytes / 2) } else { DiskFault::None });
     for _ in 0..5 {
-        let error = journal.append(PcrRole::Vm, &[event("x")]).unwrap_err();
+        let error = append(&mut journal, PcrRole::Vm, "x").unwrap_err();
         assert!(matches!(error, RecorderError::Disk(_)), "{error}");
         let failure = journal.subscribe().borrow().as_ref().unwrap().failure.clone();
         assert!(matches!(failure, Some(RecorderError::Disk(_))));
     }
     journal.quote(|_| sha256(&[])).unwrap();
     world.disk.clear_fault();
-    journal.append(PcrRole::Vm, &[event("y")]).unwrap();
+    append(&mut journal, PcrRole::Vm, "y").unwrap();
     assert!(journal.subscribe().borrow().as_ref().unwrap().failure.is_none());
     let told = told(&world.disk.logs()[&1]);
     assert_eq!(told.tags, ["y"]);
@@ -109,16 +109,16 @@ fn a_full_disk_fails_every_append_until_there_is_room() {
 fn a_dead_tpm_fails_appends_and_its_return_makes_up_for_one() {
     let world = World::new();
     let mut journal = world.start_well();
-    journal.append(PcrRole::Vm, &[event("a")]).unwrap();
+    append(&mut journal, PcrRole::Vm, "a").unwrap();
     let (extends, _) = world.chip.counts();
     world.chip.set_fault(|_| Fault::Before);
     for tag in ["b", "c", "d"] {
-        let error = journal.append(PcrRole::Vm, &[event(tag)]).unwrap_err();
+        let error = append(&mut journal, PcrRole::Vm, tag).unwrap_err();
         assert!(matches!(error, RecorderError::Tpm(_)), "{error}");
     }
     assert!(journal.quote(|_| sha256(&[])).is_err());
     world.chip.clear_fault();
-    journal.append(PcrRole::Vm, &[event("e")]).unwrap();
+    append(&mut journal, PcrRole::Vm, "e").unwrap();
     let told = told(&world.disk.logs()[&1]);
     // b was on disk when the TPM failed; c and d found it gone and were not written.
     assert_eq!(told.tags, ["a", "b", "e"]);
@@ -128,19 +128,24 @@ fn a_dead_tpm_fails_appends_and_its_return_makes_up_for_one() {
 }
 
 #[test]
-fn a_reset_while_running_moves_the_events_to_the_new_epoch() {
+fn a_reset_while_running_fails_what_was_made_for_the_old_epoch() {
     let world = World::new();
     let mut journal = world.start_well();
-    journal.append(PcrRole::Vm, &[event("a")]).unwrap();
+    append(&mut journal, PcrRole::Vm, "a").unwrap();
+    let old = epoch(&journal);
     world.chip.reset();
     // A reset breaks the connection.
     let mut first = true;
     world.chip.set_fault(move |_| if std::mem::take(&mut first) { Fault::Before } else { Fault::None });
-    let position = journal.append(PcrRole::Vm, &[event("b")]).unwrap();
-    assert_eq!((position.epoch.number, position.recnum), (2, 1));
+    for tag in ["b", "c"] {
+        let error = journal.append(old, PcrRole::Vm, &[event(tag)]).unwrap_err();
+        assert!(matches!(error, RecorderError::NewEpoch { asked: 1, now: 2 }), "{error}");
+    }
+    assert_eq!(epoch(&journal).number, 2);
+    assert_eq!(append(&mut journal, PcrRole::Vm, "d").unwrap().recnum, 1);
     let logs = world.disk.logs();
     let (old, new) = (told(&logs[&1]), told(&logs[&2]));
-    assert_eq!(new.tags, ["b"]);
+    assert_eq!(new.tags, ["d"]);
     assert_eq!((new.starts, new.gaps.len()), (1, 0));
     assert_eq!(new.registers, world.registers());
     assert_eq!(old.tags, ["a", "b"], "b was on disk before the TPM was found to have been reset");
@@ -150,7 +155,7 @@ fn a_reset_while_running_moves_the_events_to_the_new_epoch() {
 fn a_foreign_extend_is_found_at_the_next_quote() {
     let world = World::new();
     let mut journal = world.start_well();
-    journal.append(PcrRole::Guest, &[event("a")]).unwrap();
+    append(&mut journal, PcrRole::Guest, "a").unwrap();
     world.chip.foreign_extend(13);
     let quoted = journal.quote(|_| sha256(&[])).unwrap();
     assert_eq!((quoted.head.epoch.number, quoted.head.log_len), (2, 1));
@@ -159,7 +164,7 @@ fn a_foreign_extend_is_found_at_the_next_quote() {
     assert_eq!(told.registers, world.registers());
     assert_eq!(quoted.head.registers, world.registers());
     assert!(world.disk.aside().contains_key(&1));
-    let position = journal.append(PcrRole::Guest, &[event("b")]).unwrap();
+    let position = append(&mut journal, PcrRole::Guest, "b").unwrap();
     assert_eq!(position.epoch, quoted.head.epoch);
 }
 

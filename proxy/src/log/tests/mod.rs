@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use onequote_evidence::{
     digest::{HashAlg, sha256},
     event::{Event, EventBody, GapReason, VmPause},
-    id::{BootId, EpochId, TimeMs},
+    id::{BootId, Epoch, EpochId, TimeMs},
     log::{LogReader, Replay},
     pcr::{QUOTED_PCRS, Registers},
     record::Record,
@@ -13,7 +13,7 @@ use onequote_evidence::{
 
 use super::{
     PcrRole, RecorderConfig, RecorderError,
-    journal::Journal,
+    journal::{Journal, Position},
     memory::{DiskFault, MemoryDisk},
 };
 use crate::tpm::fake::{FakeChip, Fault};
@@ -134,6 +134,16 @@ fn config() -> RecorderConfig {
     }
 }
 
+/// The epoch that the journal shows to others.
+fn epoch(journal: &Journal) -> Epoch {
+    journal.subscribe().borrow().as_ref().unwrap().head.epoch
+}
+
+/// Appends one event in the epoch in force.
+fn append(journal: &mut Journal, role: PcrRole, tag: &str) -> Result<Position, RecorderError> {
+    journal.append(epoch(journal), role, &[event(tag)])
+}
+
 /// An event that can be found again.
 fn event(tag: &str) -> Event {
     Event { time: TimeMs(7), vm: None, body: VmPause { run_state: tag.to_owned() }.into() }
@@ -201,7 +211,7 @@ impl Work {
         let tags: Vec<String> = tags.iter().map(|tag| format!("{tag}{}", self.round)).collect();
         self.attempted.extend(tags.clone());
         let events: Vec<Event> = tags.iter().map(|tag| event(tag)).collect();
-        journal.append(role, &events)?;
+        journal.append(epoch(journal), role, &events)?;
         self.acknowledged.extend(tags);
         Ok(())
     }

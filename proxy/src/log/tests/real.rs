@@ -4,6 +4,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Command, Stdio},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -47,6 +48,8 @@ async fn a_tpm_that_dies_and_returns() {
     assert!(error.to_string().contains(&swtpm.tcti()), "{error}");
     assert!(log.quote(|_| sha256(&[])).await.is_err());
     swtpm.restart();
+    let error = log.append(PcrRole::Guest, vec![event("c")]).await.unwrap_err();
+    assert!(matches!(error, RecorderError::NewEpoch { asked: 1, now: 2 }), "{error}");
     let appended = log.append(PcrRole::Guest, vec![event("c")]).await.unwrap();
     assert_eq!((appended.epoch.number, appended.recnum), (2, 1), "swtpm came back reset");
     drop(log);
@@ -108,12 +111,19 @@ fn processes_killed_at_any_moment_lose_and_double_nothing() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
+        let (progress, seen) = mpsc::channel();
         let reader = thread::spawn(move || {
             let words = lines.lines().map_while(Result::ok);
-            words.filter_map(|line| line.split_once("acknowledged ").map(|(_, tag)| tag.to_owned())).collect::<Vec<_>>()
+            let tags = words.filter_map(|line| line.split_once("acknowledged ").map(|(_, tag)| tag.to_owned()));
+            tags.inspect(|_| progress.send(()).unwrap_or_default()).collect::<Vec<_>>()
         });
-        // Spread over opening, recovery and writing.
-        thread::sleep(Duration::from_micros(u64::from(round * 7919 % 100) * 1000));
+        // Half of them somewhere in opening and recovery, half somewhere in writing, however slow the machine is now.
+        if round % 2 == 0 {
+            thread::sleep(Duration::from_millis(u64::from(round * 7919 % 97)));
+        } else {
+            (0..round % 7).for_each(|_| seen.recv_timeout(Duration::from_secs(60)).unwrap());
+            thread::sleep(Duration::from_micros(u64::from(round * 7919 % 5000)));
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         let tags = reader.join().unwrap();
@@ -134,5 +144,5 @@ fn processes_killed_at_any_moment_lose_and_double_nothing() {
         told.tags.len(),
         told.starts,
     );
-    assert!(acknowledged.len() > 100 && silent < KILLS * 3 / 4, "{} {silent}", acknowledged.len());
+    assert!(acknowledged.len() > 100, "{}", acknowledged.len());
 }
