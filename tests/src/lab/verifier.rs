@@ -90,11 +90,24 @@ impl World {
     /// # Errors
     /// The verifier refuses.
     pub fn enrol(&mut self) -> Result<()> {
+        self.enrol_with(&[])
+    }
+
+    /// Tells the verifier of the enrolled host's new address, after the proxy started again.
+    ///
+    /// # Errors
+    /// The verifier refuses.
+    pub fn enrol_again(&mut self) -> Result<()> {
+        self.enrol_with(&["--replace"])
+    }
+
+    fn enrol_with(&mut self, more: &[&str]) -> Result<()> {
         let url = self.proxy_url()?;
         let (key, certificate) = (self.proxy_state().join("ak.pub"), self.proxy_state().join("certificate.pem"));
         let (key, certificate) = (key.to_string_lossy(), certificate.to_string_lossy());
         let mut arguments = vec!["enrol", Self::HOST, "--ak", &key, "--certificate", &certificate];
         arguments.extend(["--url", &url]);
+        arguments.extend(more);
         if self.tpm.is_some() {
             arguments.push("--software-tpm");
         }
