@@ -188,8 +188,9 @@ fn attack(
 }
 
 fn change_disk(world: &mut World) -> Result<Instant> {
+    world.vm(CHANGED)?.power_off()?;
+    world.wait_gone(CHANGED)?;
     let vm = world.vm(CHANGED)?;
-    vm.power_off()?;
     println!("   {CHANGED} is off; one byte of disk.img is changed; it is started again");
     vm.flip_byte("disk.img", None)?;
     let start = Instant::now();

@@ -13,6 +13,9 @@ use super::verifier::Run;
 use super::world::World;
 use super::{command, wait};
 
+/// How long a guest's list may take to reach the proxy once the guest is up.
+const REPORT_LIMIT: Duration = Duration::from_secs(60);
+
 /// What a test may want otherwise in the proxy's configuration. Takes effect at the next start.
 #[derive(Debug, Clone, Default)]
 pub struct ProxySettings {
@@ -159,6 +162,42 @@ impl World {
         let address = fs::read_to_string(self.proxy_state().join("listen.addr"))
             .context("the proxy does not say where it listens")?;
         Ok(format!("https://{}", address.trim()))
+    }
+
+    /// VM `name` in the proxy's `status --json`; null when it isn't there.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn vm_status(&self, name: &str) -> Result<Value> {
+        let status = self.proxy_status()?;
+        let vms = status["vms"].as_array().map_or(&[][..], Vec::as_slice);
+        Ok(vms.iter().find(|vm| vm["name"] == name).cloned().unwrap_or_default())
+    }
+
+    /// Waits until every running VM's guest is ready and the proxy has all that its guest has measured so far.
+    ///
+    /// # Errors
+    /// A guest isn't ready in time, or its list does not arrive.
+    pub fn wait_all_reported(&mut self) -> Result<()> {
+        self.wait_all_ready()?;
+        let names: Vec<String> = self.vms.iter().map(|vm| vm.name().to_owned()).collect();
+        for name in names {
+            self.wait_until(&format!("the list of {name}'s guest"), REPORT_LIMIT, |world| {
+                let own = world.vm(&name)?.ima_count()?;
+                Ok((world.vm_status(&name)?["entries"] == own).then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until VM `name`, whose QEMU has ended, is gone for the proxy, too: its end is logged, with the digests of its
+    /// images.
+    ///
+    /// # Errors
+    /// It stays.
+    pub fn wait_gone(&mut self, name: &str) -> Result<()> {
+        let what = format!("the end of {name} to be logged");
+        self.wait_until(&what, REPORT_LIMIT, |world| Ok(world.vm_status(name)?.is_null().then_some(())))
     }
 
     /// The proxy's `status --json`.

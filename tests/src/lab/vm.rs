@@ -300,6 +300,16 @@ impl Vm {
         base64(&answer.output)
     }
 
+    /// The length of the guest's IMA list now.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn ima_count(&mut self) -> Result<u64> {
+        // No `cat`: reading must not run (and so measure) a program.
+        let answer = self.ask("sh read -r count </sys/kernel/security/ima/runtime_measurements_count; echo $count")?;
+        answer.output.trim().parse().with_context(|| format!("the guest's count of measurements: {answer:?}"))
+    }
+
     /// Lets the guest power itself off, and waits for QEMU to end.
     ///
     /// # Errors
