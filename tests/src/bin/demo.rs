@@ -290,7 +290,7 @@ fn look_around(world: &mut World) -> Result<()> {
     let folder = world.folder().display().to_string();
     let ids: Vec<String> = world.process_ids().into_iter().map(|id| format!("-{id}")).collect();
     let stop = world.folder().join("stop.sh");
-    fs::write(&stop, format!("#!/bin/sh\nkill -TERM -- {}\nsleep 1\nrm -rf {folder}\n", ids.join(" ")))?;
+    fs::write(&stop, format!("#!/bin/sh\nkill -s TERM -- {}\nsleep 1\nrm -rf {folder}\n", ids.join(" ")))?;
     fs::set_permissions(&stop, fs::Permissions::from_mode(0o755))?;
     let proxy = format!("{} --config {}", world.assets().proxy.display(), world.proxy_config().display());
     let verifier = format!("{} --state {}", world.assets().verifier.display(), world.verifier_state().display());
