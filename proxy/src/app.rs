@@ -87,6 +87,8 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> AppError {
 pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
     fs::create_dir_all(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
     Identity::open(&config.state_dir, &config.host_id)?;
+    // Opening a TPM without a resource manager takes its key from a proxy that runs: the log's lock says that none does.
+    let _alone = FileStore::open(config.log_dir())?;
     let tpm = EsapiTpm::open(&config.tpm.tcti)?;
     let ak = config.state_dir.join("ak.pub");
     fs::write(&ak, tpm.ak_public()).map_err(io_error(ak.display().to_string()))?;

@@ -4,6 +4,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use onequote_evidence::stream::{self, Evidence, Item, Pieces};
 use onequote_tests::lab::{Machine, VmSpec, World};
 use serde_json::Value;
 
@@ -228,35 +229,49 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
         world.learn_policy()?;
         ensure!(world.attest()?.code == 0, "not trusted before the attack");
 
-        let file = log_file(world)?;
-        let good = fs::read(&file)?;
-        let ends = record_ends(&good);
-        let (second, third) = (ends[0]..ends[1], ends[1]..ends[2]);
-        let mut edited = good.clone();
-        edited[third.end - 3] ^= 1;
-        let mut swapped = good[..ends[0]].to_vec();
-        swapped.extend_from_slice(&good[third.clone()]);
-        swapped.extend_from_slice(&good[second.clone()]);
-        swapped.extend_from_slice(&good[ends[2]..]);
-        let mut dropped = good[..ends[0]].to_vec();
-        dropped.extend_from_slice(&good[ends[1]..]);
-        for (what, bytes, code, item) in [
-            ("edited", edited, "log-", "2"),
-            ("reordered", swapped, "log-order", "1"),
-            ("dropped", dropped, "log-order", "1"),
+        // As a lying host would send it.
+        let saved = world.folder().join("evidence.oq");
+        world.verifier(&["attest", World::HOST, "--json", "--save", &saved.to_string_lossy()])?.success()?;
+        let good = Evidence::parse(&stream::expand(&fs::read(&saved)?, stream::MAX_EXPANDED)?)?;
+        let ends = record_ends(&good.records);
+        let part = |range: std::ops::Range<usize>| &good.records[range];
+        let mut edited = good.records.clone();
+        edited[ends[2] - 3] ^= 1;
+        let swapped =
+            [part(0..ends[0]), part(ends[1]..ends[2]), part(ends[0]..ends[1]), part(ends[2]..good.records.len())];
+        let dropped = [part(0..ends[0]), part(ends[1]..good.records.len())];
+        let last = ends[ends.len() - 2];
+        for (what, records, code, item) in [
+            ("edited", edited, "log-digest", "record 2"),
+            ("reordered", swapped.concat(), "log-order", "record 1"),
+            ("dropped", dropped.concat(), "log-order", "record 1"),
+            ("truncated in a record", part(0..good.records.len() - 5).to_vec(), "log-truncated", "record"),
+            ("truncated after a record", part(0..last).to_vec(), "log-length", "record"),
         ] {
-            fs::write(&file, bytes)?;
-            let found = verdict(world)?;
+            let found = verify_changed(world, &Evidence { records, ..good.clone() })?;
+            ensure!(has(&found["host"], code, item), "{what}: {:?}", findings(&found["host"]));
             ensure!(state(&found["host"]) == "untrusted", "{what}: {found:#}");
-            let findings = findings(&found["host"]);
-            ensure!(findings.iter().any(|f| f.starts_with(code) && f.contains(item)), "{what}: {findings:?}");
-            ensure!(state(vm(&found, "m")) != "trusted", "{what}: {found:#}");
         }
-        // A log that ends too early is not even sent as one.
-        fs::write(&file, &good[..good.len() - 5])?;
-        let run = world.attest()?;
-        ensure!(run.code != 0, "{}", run.output);
-        fs::write(&file, &good)?;
+        let mut lists = good.clone();
+        lists.guests[0].entries.swap(1, 2);
+        let found = verify_changed(world, &lists)?;
+        ensure!(has(vm(&found, "m"), "guest-list-aggregate", "record"), "{found:#}");
+        lists = good.clone();
+        lists.guests[0].entries.pop();
+        let found = verify_changed(world, &lists)?;
+        ensure!(has(vm(&found, "m"), "guest-list-count", "record"), "{found:#}");
+
+        // The file under the running proxy: it sends what is there, or says which records are missing.
+        let file = log_file(world)?;
+        let whole = fs::read(&file)?;
+        let cut = whole.len() - 5;
+        for bytes in [edited_copy(&whole, ends[2] - 3), whole[..cut].to_vec()] {
+            fs::write(&file, bytes)?;
+            let run = world.attest()?;
+            ensure!(run.code == 1 || run.code == 3, "exit code {}: {}", run.code, run.output);
+            ensure!(run.output.contains("record"), "no record named: {}", run.output);
+        }
+        fs::write(&file, &whole)?;
         ensure!(world.attest()?.code == 0, "not trusted after the log was put back");
 
         // The guest's list: the proxy reads it at its start.
@@ -282,6 +297,23 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
         );
         Ok(())
     });
+}
+
+fn edited_copy(bytes: &[u8], at: usize) -> Vec<u8> {
+    let mut copy = bytes.to_vec();
+    copy[at] ^= 1;
+    copy
+}
+
+/// The verdict on evidence that somebody changed on its way.
+fn verify_changed(world: &World, evidence: &Evidence) -> Result<Value> {
+    let mut pieces = Pieces::default();
+    pieces.push_log(Item::Records, 0, &evidence.records);
+    pieces.push_dictionary(0, evidence.dictionary.iter().cloned());
+    evidence.guests.iter().for_each(|guest| pieces.push_guest(guest));
+    let file = world.folder().join("changed.oq");
+    fs::write(&file, stream::compress(&pieces.stream(evidence.head.clone()))?)?;
+    world.verifier(&["verify", &file.to_string_lossy(), "--host", World::HOST, "--json"])?.json()
 }
 
 /// Where each record of a log ends.

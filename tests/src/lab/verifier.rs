@@ -1,9 +1,9 @@
 //! The verifier of a world, by its command line.
 
-use std::path::PathBuf;
 use std::process::Command;
+use std::{fs, path::PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::world::World;
@@ -123,6 +123,10 @@ impl World {
         let file = self.folder().join("policy.toml");
         let path = file.to_string_lossy();
         self.verifier(&["policy", "learn", Self::HOST, "-o", &path])?.success()?;
+        // A world shares the machine: VMs of others run here, and this host's proxy sees them.
+        let learnt = fs::read_to_string(&file)?;
+        ensure!(learnt.contains("[host]\n"), "a policy without [host]: {learnt}");
+        fs::write(&file, learnt.replacen("[host]\n", "[host]\nunmanaged = \"allowed\"\n", 1))?;
         self.verifier(&["policy", "set", Self::HOST, &path])?.success()?;
         Ok(file)
     }
