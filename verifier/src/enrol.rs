@@ -188,7 +188,7 @@ pub fn read_ak(path: &Path) -> Result<(Vec<u8>, Public), EnrolError> {
     let bytes = read(path)?;
     let public = Public::parse(&bytes).map_err(|source| EnrolError::Key { path: path.to_owned(), source })?;
     if let Err(finding) = signature::check_key(&public) {
-        let why = finding.actual.unwrap_or(finding.meaning);
+        let why = finding.actual.unwrap_or_else(|| finding.code.meaning().to_owned());
         return Err(EnrolError::NotAnAk { path: path.to_owned(), why });
     }
     Ok((bytes, public))

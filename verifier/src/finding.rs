@@ -329,41 +329,60 @@ impl<'de> Deserialize<'de> for Code {
 }
 
 /// One thing found wrong.
+///
+/// As JSON: `{"code", "item", "meaning", "advice", "expected", "actual"}`, the last two where there is something to
+/// say. Meaning and advice are those of the code.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Json", from = "Json")]
 pub struct Finding {
     /// Which.
     pub code: Code,
     /// What caused it: a record, a register, an image's slot, a path in a guest. May hold what a guest chose:
     /// escape it before a terminal sees it.
     pub item: String,
-    /// What the code means.
-    pub meaning: String,
-    /// What to do.
-    pub advice: String,
     /// What should have been there, for people.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub expected: Option<String>,
     /// What was there, for people.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub actual: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Json {
+    code: Code,
+    item: String,
+    #[serde(skip_deserializing)]
+    meaning: &'static str,
+    #[serde(skip_deserializing)]
+    advice: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    expected: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    actual: Option<String>,
+}
+
+impl From<Finding> for Json {
+    fn from(finding: Finding) -> Self {
+        let Finding { code, item, expected, actual } = finding;
+        Self { code, item, meaning: code.meaning(), advice: code.advice(), expected, actual }
+    }
+}
+
+impl From<Json> for Finding {
+    fn from(json: Json) -> Self {
+        Self { code: json.code, item: json.item, expected: json.expected, actual: json.actual }
+    }
 }
 
 impl Finding {
     /// A finding about `item`.
     #[must_use]
     pub fn new(code: Code, item: impl Into<String>) -> Self {
-        Self {
-            code,
-            item: item.into(),
-            meaning: code.meaning().to_owned(),
-            advice: code.advice().to_owned(),
-            expected: None,
-            actual: None,
-        }
+        Self { code, item: item.into(), expected: None, actual: None }
     }
 
     /// Adds what should have been there.
     #[must_use]
+    #[allow(clippy::needless_pass_by_value, reason = "callers show values that they make for it")]
     pub fn expected(mut self, expected: impl ToString) -> Self {
         self.expected = Some(expected.to_string());
         self
@@ -371,6 +390,7 @@ impl Finding {
 
     /// Adds what was there.
     #[must_use]
+    #[allow(clippy::needless_pass_by_value, reason = "callers show values that they make for it")]
     pub fn actual(mut self, actual: impl ToString) -> Self {
         self.actual = Some(actual.to_string());
         self

@@ -101,7 +101,7 @@ pub fn check(
     let root = nonce_tree::root(nonce_tree::leaf(&nonce, binding), &head.path);
     let expected = root.map(|root| nonce_tree::qualifying_data(&root, &head.statement.0));
     let actual = &quoted.attest().extra_data;
-    if !expected.is_some_and(|expected| expected.as_bytes() == actual.as_slice()) {
+    if expected.is_none_or(|expected| expected.as_bytes() != actual.as_slice()) {
         let finding = Finding::new(Code::QualifyingData, "qualifying data").actual(hex::encode(actual));
         return Err(match expected {
             Some(expected) => finding.expected(expected),

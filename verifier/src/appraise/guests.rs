@@ -198,7 +198,7 @@ impl One<'_> {
     /// Holds the list against each record of it; gives the number of entries after the last.
     fn check_records(&self, at: &dyn Fn(u64) -> Option<Sha256>) -> Result<u64, Finding> {
         let boot = self.stated.boot;
-        let mut end: Option<u64> = self.older.then_some(None).unwrap_or(Some(0));
+        let mut end: Option<u64> = if self.older { None } else { Some(0) };
         for (recnum, entries) in &self.recorded.recorded {
             let item = || format!("boot {boot}, record {recnum}");
             let after = entries.first.saturating_add(entries.count);

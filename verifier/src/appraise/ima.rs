@@ -9,6 +9,9 @@ use crate::{
     policy::{AllowList, FileHash, Judgement, Pattern},
 };
 
+/// The register of IMA's lists.
+const IMA_PCR: u32 = 10;
+
 /// Judges the entries of lists by one rule, and remembers what it judged.
 pub struct Judge<'r> {
     allow: Option<&'r AllowList>,
@@ -46,6 +49,11 @@ fn judge(allow: Option<&AllowList>, ignore: &[Pattern], entry: &Entry<'_>) -> Op
     let path = fields.path_lossy();
     if !entry.hash_matches() {
         return Some(Finding::new(Code::ImaMalformed, path).actual("its template hash is not that of its data"));
+    }
+    // The register is not extended: only an entry of IMA's own register is what it seems.
+    if entry.pcr != IMA_PCR {
+        let finding = Finding::new(Code::ImaMalformed, path).expected(format!("PCR {IMA_PCR}"));
+        return Some(finding.actual(format!("PCR {}", entry.pcr)));
     }
     if !ignore.is_empty() && ignore.iter().any(|pattern| pattern.fits(&path)) {
         return None;

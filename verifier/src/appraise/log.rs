@@ -7,7 +7,7 @@
 use onequote_evidence::{
     digest::HashAlg,
     event::{Event, EventBody, ProxyStart},
-    id::{HostId, Sha256},
+    id::Sha256,
     log::{LogError, LogErrorKind, LogReader, Replay},
     pcr::{self, Register, RegisterValue},
     statement::Statement,
@@ -48,8 +48,8 @@ impl VerifiedLog {
     }
 }
 
-/// Replays `records`. The caller must trust `quoted`, `statement` to be what the quote covers, and `accepted` to be
-/// what it stored itself.
+/// Replays `records`. The caller must trust `quoted` and `clock`, `statement` to be what the quote covers, and
+/// `accepted` to be what it stored itself.
 ///
 /// # Errors
 /// The finding.
@@ -57,6 +57,7 @@ pub fn check(
     records: &[u8],
     quoted: &QuotedRegisters,
     statement: &Statement,
+    clock: &ClockInfo,
     accepted: Option<&Accepted>,
     rule: &HostRule,
 ) -> Result<VerifiedLog, Finding> {
@@ -69,7 +70,7 @@ pub fn check(
             Some(replay) => replay.apply(&record).map_err(|e| broken(&e))?,
             None => {
                 let begun = Replay::begin(&record).map_err(|e| broken(&e))?;
-                check_start(begun.start(), &statement.host, statement, rule)?;
+                check_start(begun.start(), statement, clock, rule)?;
                 replay = Some(begun);
             }
         }
@@ -100,7 +101,7 @@ pub fn check(
     compare(&replay, quoted, statement, accepted)?;
     for (recnum, event) in &events {
         if let EventBody::ProxyStart(start) = &event.body {
-            check_start(start, &statement.host, statement, rule).map_err(|mut finding| {
+            check_start(start, statement, clock, rule).map_err(|mut finding| {
                 finding.item = format!("record {recnum}");
                 finding
             })?;
@@ -138,7 +139,8 @@ fn compare(
     Ok(())
 }
 
-fn check_start(start: &ProxyStart, host: &HostId, statement: &Statement, rule: &HostRule) -> Result<(), Finding> {
+fn check_start(start: &ProxyStart, statement: &Statement, clock: &ClockInfo, rule: &HostRule) -> Result<(), Finding> {
+    let host = &statement.host;
     let finding = Finding::new(Code::LogStart, "record 0");
     if start.host != *host {
         return Err(finding.expected(host).actual(&start.host));
@@ -146,6 +148,10 @@ fn check_start(start: &ProxyStart, host: &HostId, statement: &Statement, rule: &
     if start.epoch != statement.epoch {
         let show = |e: &onequote_evidence::id::Epoch| format!("epoch {} {}", e.number, e.id);
         return Err(finding.expected(show(&statement.epoch)).actual(show(&start.epoch)));
+    }
+    if start.reset_count != clock.reset_count {
+        let finding = Finding::new(Code::EpochReused, "record 0").expected(clock.reset_count);
+        return Err(finding.actual(start.reset_count));
     }
     if (start.pcr_vm, start.pcr_guest) != (rule.pcr_vm, rule.pcr_guest) {
         let show = |vm: u8, guest: u8| format!("PCR {vm} and {guest}");

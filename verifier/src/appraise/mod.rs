@@ -155,14 +155,21 @@ struct Proven {
     counters: Vec<Finding>,
 }
 
+/// Where that ended, with what was shown before.
+struct Unproven {
+    finding: Finding,
+    quoted: Option<Quoted>,
+    stated: Option<Stated>,
+}
+
 fn prove(
     evidence: &Evidence,
     context: &Context<'_>,
     rule: &HostRule,
     skipped: &mut Vec<Skipped>,
-) -> Result<Proven, Box<(Finding, Option<Quoted>, Option<Stated>)>> {
+) -> Result<Proven, Box<Unproven>> {
     let fail = |finding, quoted: Option<&Quoted>, stated: Option<&Stated>| {
-        Box::new((finding, quoted.cloned(), stated.cloned()))
+        Box::new(Unproven { finding, quoted: quoted.cloned(), stated: stated.cloned() })
     };
     signature::check_key(context.ak).map_err(|f| fail(f, None, None))?;
     let head = &evidence.head;
@@ -178,7 +185,7 @@ fn prove(
     let registers = registers::check(&quoted, &head.registers, &expected).map_err(with)?;
     let statement = stated.statement();
     log::check_epoch(statement, clock, accepted).map_err(with)?;
-    let log = log::check(&evidence.records, &registers, statement, accepted, rule).map_err(with)?;
+    let log = log::check(&evidence.records, &registers, statement, clock, accepted, rule).map_err(with)?;
     Ok(Proven { quoted, stated, registers, log, counters })
 }
 

@@ -43,8 +43,8 @@ pub struct Session {
     pub stopped: bool,
     /// Whether it was there before this epoch's log.
     pub older: bool,
-    /// Resets in this epoch.
-    pub resets: u64,
+    /// How often in this epoch its guest can have begun a new boot: resets, and gaps that may hide one.
+    pub reboots: u64,
     /// Its guest's boots.
     pub boots: BTreeMap<u32, Boot>,
     /// What the log itself shows to be wrong with it.
@@ -121,8 +121,9 @@ impl Fold<'_> {
                         images::stop(tree, vm.session, stop, event.time);
                     }
                     EventBody::VmRefuse(refuse) => session.refused = Some(refuse.clone()),
-                    EventBody::VmReset(_) => session.resets += 1,
+                    EventBody::VmReset(_) => session.reboots += 1,
                     EventBody::LogGap(gap) => {
+                        session.reboots += 1;
                         session.findings.extend(gap_finding(recnum, gap, policy, &mut self.out.notes));
                     }
                     EventBody::Unknown { kind, .. } => session.findings.push(unknown(recnum, kind)),
@@ -168,7 +169,7 @@ impl Fold<'_> {
             start: known_start,
             refused: None,
             stopped: false,
-            resets: 0,
+            reboots: 0,
             boots: BTreeMap::new(),
             findings: Vec::new(),
         });

@@ -20,7 +20,7 @@ use onequote_evidence::{
     pcr::{self, QUOTED_PCRS, Register, RegisterValue},
     record::Record,
     statement::{self, GuestBoot, Statement, VmState},
-    stream::{self, Dictionary, Guest, Head, Item, Writer},
+    stream::{self, Guest, Head, Item, Pieces},
     tpm::{ClockInfo, Public},
 };
 
@@ -107,15 +107,15 @@ pub(crate) struct Parts {
 impl Parts {
     /// The expanded stream.
     pub(crate) fn stream(&self) -> Vec<u8> {
-        let mut w = Writer::new(self.head.clone());
-        w.push_log(Item::Firmware, 0, &self.firmware);
-        w.push_log(Item::HostIma, 0, &self.host_ima);
-        w.push_log(Item::Records, 0, &self.records);
-        w.push(&Item::Dictionary(Dictionary { first: 0, entries: self.dictionary.clone() }));
+        let mut pieces = Pieces::default();
+        pieces.push_log(Item::Firmware, 0, &self.firmware);
+        pieces.push_log(Item::HostIma, 0, &self.host_ima);
+        pieces.push_log(Item::Records, 0, &self.records);
+        pieces.push_dictionary(0, self.dictionary.clone());
         for guest in &self.guests {
-            w.push(&Item::Guest(guest.clone()));
+            pieces.push_guest(guest);
         }
-        w.finish()
+        pieces.stream(self.head.clone())
     }
 }
 
@@ -229,6 +229,8 @@ impl World {
             history,
             pcr_vm: 12,
             pcr_guest: 13,
+            reset_count: self.clock.reset_count,
+            restart_count: self.clock.restart_count,
         };
         self.log(12, None, start);
     }

@@ -9,8 +9,7 @@ use onequote_evidence::{
 };
 
 use super::{
-    Appraisal, Context,
-    freshness::Stated,
+    Appraisal, Context, Unproven,
     guests::{Dictionary, Guests},
     ima::Judge,
     inventory::Present,
@@ -26,7 +25,7 @@ use crate::{
 /// The verdict on evidence of which nothing can be believed. VMs that were known stay named, and untrusted.
 pub(super) fn failed(
     context: &Context<'_>,
-    (finding, quoted, stated): (Finding, Option<Quoted>, Option<Stated>),
+    Unproven { finding, quoted, stated }: Unproven,
     skipped: Vec<Skipped>,
 ) -> Appraisal {
     let fallback = || "unknown".parse::<HostId>().ok();
@@ -152,9 +151,9 @@ pub(super) fn vms(
 fn boots_without_reset(one: &Present<'_>) -> Option<Finding> {
     let session = one.session.filter(|s| !s.older && s.before)?;
     let boots = one.stated?.boots.len() as u64;
-    (boots > session.resets + 1).then(|| {
+    (boots > session.reboots + 1).then(|| {
         let finding = Finding::new(Code::GuestRewind, format!("{boots} lists"));
-        finding.expected(format!("at most {}: the VM was reset {} times", session.resets + 1, session.resets))
+        finding.expected(format!("at most {}: the VM was reset {} times", session.reboots + 1, session.reboots))
     })
 }
 

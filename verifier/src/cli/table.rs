@@ -71,13 +71,13 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
 
 /// One finding in words.
 pub(super) fn finding(finding: &Finding) -> String {
-    let mut out = format!("  {}: {}\n    {}", finding.code, printable(&finding.item), finding.meaning);
+    let mut out = format!("  {}: {}\n    {}", finding.code, printable(&finding.item), finding.code.meaning());
     for (word, value) in [("expected", &finding.expected), ("found", &finding.actual)] {
         if let Some(value) = value {
             let _ = write!(out, "\n    {word:<8}  {}", printable(value));
         }
     }
-    let _ = write!(out, "\n    → {}", finding.advice);
+    let _ = write!(out, "\n    → {}", finding.code.advice());
     out
 }
 

@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(store.host(&id).await.unwrap().state, state, "the same key keeps the state");
         store.enrol(&enrolment(9), true).await.unwrap();
         assert_eq!(store.host(&id).await.unwrap().state, HostState::default());
-        assert_eq!(store.hosts().await.unwrap(), [id.clone()]);
+        assert_eq!(store.hosts().await.unwrap(), std::slice::from_ref(&id));
         store.remove(&id).await.unwrap();
         assert!(store.hosts().await.unwrap().is_empty());
     }

@@ -1,7 +1,6 @@
 //! Attacks on steps 1 to 10: whose evidence it is, how new, how whole.
 
 use onequote_evidence::{
-    cbor,
     digest::{HashAlg, sha256},
     event::{EventBody, GuestEntries},
     id::{Blob, Epoch, EpochId, Sha256, TimeMs},
@@ -184,8 +183,9 @@ fn time_does_not_run_backwards() {
     }
     // With another reset count the epoch should be another one too, which is found first.
     assert_eq!(codes, [Code::ClockRegression, Code::RestartCountRegression, Code::EpochReused]);
+    world.clock.reset_count = 3;
     world.reboot();
-    let appraisal = world.judge(&world.quote(&nonce(1), |_, attest| attest.clock.reset_count = 4));
+    let appraisal = world.judge(&world.quote(&nonce(1), untouched));
     assert_eq!(only(&appraisal).code, Code::ResetCountRegression);
 }
 
@@ -296,7 +296,7 @@ fn edited_guest_lists_name_vm_and_record() {
     assert_eq!(judge(&|p| p.guests[0].entries.truncate(1)), is(Code::GuestListCount, "boot 0, record 8"));
     assert_eq!(judge(&|p| p.guests[0].entries.push(0)), is(Code::GuestListCount, "boot 0"));
     assert_eq!(judge(&|p| p.guests[0].entries[1] = 77), is(Code::GuestListReference, "boot 0, entry 1"));
-    assert_eq!(judge(&|p| p.dictionary[1].0.truncate(9)), is(Code::GuestListReference, "boot 0, entry 1"));
+    assert_eq!(judge(&|p| p.dictionary[1].0.truncate(40)), is(Code::GuestListReference, "boot 0, entry 1"));
     let edited = |p: &mut Parts| p.dictionary[1] = ima_entry("/bin/sh", 9);
     assert_eq!(judge(&edited), is(Code::GuestListAggregate, "boot 0, record 8"));
     assert_eq!(judge(&|p| drop(p.guests.remove(0))), is(Code::GuestListMissing, "boot 0"));
@@ -369,11 +369,7 @@ fn lists_that_nobody_states() {
 #[test]
 fn unknown_events_are_findings() {
     let mut world = World::with_two_vms();
-    let body = EventBody::Unknown { kind: "new-thing".into(), body: Blob(cbor::encode(&[0_u8; 0])) };
-    let body = match body {
-        EventBody::Unknown { kind, .. } => EventBody::Unknown { kind, body: Blob(vec![0xa0]) },
-        other => other,
-    };
+    let body = EventBody::Unknown { kind: "new-thing".into(), body: Blob(vec![0xa0]) };
     world.log(12, Some(vm_ref(1, 1)), body.clone());
     let appraisal = world.round();
     assert_eq!(vm_codes(&appraisal, "web"), [Code::UnknownEvent]);

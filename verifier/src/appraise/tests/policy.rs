@@ -87,6 +87,9 @@ fn files_that_are_not_what_they_were() {
     let mut bad = ima_entry("/bin/init", 1);
     bad.0[5] ^= 1;
     assert_eq!(vm_codes(&web(|_| {}, &[bad]), "web"), [Code::ImaMalformed]);
+    let mut other = ima_entry("/bin/init", 1);
+    other.0[0] = 11;
+    assert_eq!(vm_codes(&web(|_| {}, &[other]), "web"), [Code::ImaMalformed]);
     let aggregate = ima_entry_of("boot_aggregate", &[0; 32], false);
     assert!(web(|_| {}, &[aggregate, ima_entry("/bin/init", 1)]).verdict.all_trusted());
 }
