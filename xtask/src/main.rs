@@ -1,9 +1,10 @@
-//! `cargo xtask demo | test | bench`: sets up what is missing, builds, then does it.
+//! `cargo xtask demo | test | bench | fuzz`: sets up what is missing, builds, then does it.
 //!
 //! This program needs nothing but cargo and a C linker to build: what the rest of the workspace needs (the TSS,
 //! QEMU, a software TPM, …) is looked for here, and as root on Debian installed. Once it is there, nothing needs root.
 #![allow(clippy::print_stdout)]
 
+mod licences;
 mod setup;
 mod steps;
 
@@ -41,6 +42,12 @@ enum Task {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Fuzzes every parser, each for a while.
+    Fuzz {
+        /// Seconds for each parser.
+        #[arg(long, default_value_t = 30)]
+        seconds: u32,
+    },
     /// Only looks for what is needed and installs or names what is missing.
     Setup,
 }
@@ -57,6 +64,7 @@ fn main() -> Result<ExitCode> {
             setup::ensure()?;
             return steps::test(quick);
         }
+        Task::Fuzz { seconds } => return steps::fuzz(seconds),
         Task::Bench { json } => {
             setup::ensure()?;
             return steps::bench(json.as_deref());

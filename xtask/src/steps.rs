@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
+use crate::licences;
+
 use anyhow::{Context as _, Result, bail, ensure};
 
 const SHIM_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -38,6 +40,25 @@ pub(crate) fn bench(json: Option<&Path>) -> Result<ExitCode> {
     pass_on(&mut command)
 }
 
+/// Fuzzes every parser with what the formats' examples give it to start from.
+pub(crate) fn fuzz(seconds: u32) -> Result<ExitCode> {
+    let folder = workspace().join("tests/fuzz");
+    if !cargo("fuzz").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        run(cargo("install").args(["cargo-fuzz", "--locked"]))?;
+    }
+    run(cargo("run").args(["--quiet", "--example", "seeds", "--manifest-path"]).arg(folder.join("Cargo.toml")))?;
+    let listed = cargo("fuzz").arg("list").arg("--fuzz-dir").arg(&folder).output()?;
+    ensure!(listed.status.success(), "cannot list the fuzz targets");
+    let mut summary = Summary::default();
+    for target in String::from_utf8_lossy(&listed.stdout).lines() {
+        let mut command = cargo("fuzz");
+        command.args(["run", "--sanitizer", "none", "--fuzz-dir"]).arg(&folder).arg(target);
+        command.args(["--".to_owned(), format!("-max_total_time={seconds}")]);
+        summary.step(target, &mut command);
+    }
+    Ok(summary.finish())
+}
+
 fn build(release: bool) -> Result<()> {
     println!("building (a few minutes the first time)");
     let mut programs = cargo("build");
@@ -68,6 +89,8 @@ pub(crate) fn test(quick: bool) -> Result<ExitCode> {
     let mut lints = cargo("clippy");
     lints.args(["--workspace", "--all-targets", "--", "-D", "warnings"]);
     summary.step("lints", &mut lints);
+
+    summary.check("licences", || licences::check(&mut cargo("metadata")));
 
     let mut programs = cargo("build");
     programs.args(["--package", "onequote-proxy", "--package", "onequote-verifier"]);
