@@ -5,61 +5,9 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use onequote_evidence::stream::{self, Evidence, Item, Pieces};
-use onequote_tests::lab::{Machine, VmSpec, World};
-use serde_json::Value;
+use onequote_tests::lab::{Machine, Verdict, VmSpec, World};
 
 const LIMIT: Duration = Duration::from_secs(120);
-
-/// Findings about the host, or about one VM, as `code item`.
-fn findings(of: &Value) -> Vec<String> {
-    let list = of["findings"].as_array().cloned().unwrap_or_default();
-    list.iter().map(|f| format!("{} {}", f["code"].as_str().unwrap(), f["item"].as_str().unwrap_or(""))).collect()
-}
-
-fn vm<'a>(verdict: &'a Value, name: &str) -> &'a Value {
-    verdict["vms"].as_array().and_then(|vms| vms.iter().find(|vm| vm["name"] == name)).unwrap_or(&Value::Null)
-}
-
-fn has(of: &Value, code: &str, item: &str) -> bool {
-    findings(of).iter().any(|f| f.starts_with(&format!("{code} ")) && f.contains(item))
-}
-
-fn state(of: &Value) -> &str {
-    of["state"].as_str().unwrap_or("none")
-}
-
-/// Waits until the proxy has the guest's whole list.
-fn settle(world: &mut World, name: &str) -> Result<()> {
-    world.wait_until("the guest's whole list", LIMIT, |world| {
-        let answer = world.vm(name)?.ask("sh cat /sys/kernel/security/ima/runtime_measurements_count")?;
-        let own: u64 = answer.output.trim().parse()?;
-        let status = world.proxy_status()?;
-        let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        let known = vms.iter().find(|vm| vm["name"] == name).map(|vm| vm["entries"].clone());
-        Ok((known == Some(own.into())).then_some(()))
-    })
-}
-
-fn wait_running(world: &mut World, name: &str) -> Result<()> {
-    world.wait_until("the proxy to let the VM run", LIMIT, |world| {
-        let status = world.proxy_status()?;
-        let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        Ok(vms.iter().any(|vm| vm["name"] == name && vm["run_state"] == "running").then_some(()))
-    })
-}
-
-fn wait_stopped(world: &mut World, name: &str) -> Result<()> {
-    world.wait_until("the VM's end to be logged", LIMIT, |world| {
-        let status = world.proxy_status()?;
-        let vms = status["vms"].as_array().cloned().unwrap_or_default();
-        Ok(vms.iter().all(|vm| vm["name"] != name).then_some(()))
-    })
-}
-
-/// One appraisal, whatever its outcome.
-fn verdict(world: &World) -> Result<Value> {
-    world.attest()?.json()
-}
 
 #[test]
 fn vm_three_clean_vms_are_trusted_from_one_quote_and_an_unknown_program_is_found() {
@@ -68,49 +16,41 @@ fn vm_three_clean_vms_are_trusted_from_one_quote_and_an_unknown_program_is_found
         for machine in Machine::ALL {
             world.add_vm(VmSpec::new(machine.name(), machine))?.start()?;
         }
-        world.wait_all_ready()?;
-        for machine in Machine::ALL {
-            settle(world, machine.name())?;
-        }
+        world.wait_all_reported()?;
         world.learn_policy()?;
 
         let before = world.tpm()?.quotes()?;
-        let run = world.attest()?;
-        let clean = run.json()?;
+        let clean = world.verdict()?;
         ensure!(world.tpm()?.quotes()? == before + 1, "not one quote");
-        ensure!(state(&clean["host"]) == "trusted", "host: {:?}", findings(&clean["host"]));
-        ensure!(clean["host"]["software_tpm"] == true, "the verdict does not say that the TPM is software");
+        clean.host().is("trusted")?;
+        ensure!(clean.host().field("software_tpm") == true, "the verdict does not say that the TPM is software");
         for machine in Machine::ALL {
-            let vm = vm(&clean, machine.name());
-            ensure!(state(vm) == "trusted", "{}: {:?}", machine.name(), findings(vm));
-            ensure!(vm["entries"].as_u64() > Some(0), "no entries of {}", machine.name());
+            clean.vm(machine.name()).is("trusted")?;
+            ensure!(clean.vm(machine.name()).field("entries").as_u64() > Some(0), "no entries: {clean}");
         }
-        ensure!(run.code == 0, "exit code {}", run.code);
+        ensure!(clean.code == 0, "{clean}");
 
         let microvm = world.vm("microvm")?;
         microvm.write_program("/disk/bin/intruder", "echo in")?;
         microvm.run("/disk/bin/intruder")?;
-        settle(world, "microvm")?;
-        let run = world.attest()?;
-        let found = run.json()?;
-        ensure!(run.code == 1, "exit code {}", run.code);
-        ensure!(state(vm(&found, "microvm")) == "untrusted", "{found:#}");
-        ensure!(has(vm(&found, "microvm"), "ima-unknown-file", "/disk/bin/intruder"), "{found:#}");
+        world.wait_all_reported()?;
+        let found = world.verdict()?;
+        ensure!(found.code == 1, "{found}");
+        found.vm("microvm").is_untrusted_for("ima-unknown-file", "/disk/bin/intruder")?;
         for name in ["q35", "uefi"] {
-            ensure!(state(vm(&found, name)) == "trusted", "{name}: {:?}", findings(vm(&found, name)));
+            found.vm(name).is("trusted")?;
         }
-        ensure!(state(&found["host"]) == "trusted", "{found:#}");
-        Ok(())
+        found.host().is("trusted")
     });
 }
 
 /// Starts VM `name` (its guest need not come up), takes the verdict, ends the VM.
-fn start_and_judge(world: &mut World, name: &str) -> Result<Value> {
+fn start_and_judge(world: &mut World, name: &str) -> Result<Verdict> {
     world.vm(name)?.start()?;
-    wait_running(world, name)?;
-    let verdict = verdict(world)?;
+    world.wait_running(name)?;
+    let verdict = world.verdict()?;
     world.vm(name)?.kill()?;
-    wait_stopped(world, name)?;
+    world.wait_gone(name)?;
     Ok(verdict)
 }
 
@@ -130,12 +70,12 @@ fn vm_one_changed_byte_before_the_start_names_the_component() {
         world.start_enrolled()?;
         for (name, machine) in [("direct", Machine::Q35), ("chain", Machine::Uefi)] {
             world.add_vm(VmSpec::new(name, machine))?.start()?;
-            wait_running(world, name)?;
+            world.wait_running(name)?;
         }
         learn_without_runtime(world)?;
         for name in ["direct", "chain"] {
             world.vm(name)?.kill()?;
-            wait_stopped(world, name)?;
+            world.wait_gone(name)?;
         }
         for (name, file, code, item) in [
             ("direct", "vmlinux", "component-kernel", "vmlinux"),
@@ -143,30 +83,19 @@ fn vm_one_changed_byte_before_the_start_names_the_component() {
             ("chain", "base.qcow2", "image-mismatch", "/1"),
         ] {
             world.vm(name)?.flip_byte(file, None)?;
-            let found = start_and_judge(world, name)?;
-            ensure!(state(vm(&found, name)) == "untrusted", "{file}: {found:#}");
-            ensure!(has(vm(&found, name), code, item), "{file}: {:?}", findings(vm(&found, name)));
+            start_and_judge(world, name)?.vm(name).is_untrusted_for(code, item)?;
             world.vm(name)?.flip_byte(file, None)?;
-            let mended = start_and_judge(world, name)?;
-            ensure!(state(vm(&mended, name)) == "trusted", "{file} mended: {:?}", findings(vm(&mended, name)));
+            start_and_judge(world, name)?.vm(name).is("trusted")?;
         }
         world.vm("direct")?.edit_config("lab.disk=", "lab.disc=")?;
         let found = start_and_judge(world, "direct")?;
-        ensure!(has(vm(&found, "direct"), "component-kernel-cmdline", ""), "{:?}", findings(vm(&found, "direct")));
+        found.vm("direct").is_untrusted_for("component-kernel-cmdline", "")?;
 
         // A writable image that changed while its VM was off, between one start and the next.
         world.vm("direct")?.edit_config("lab.disc=", "lab.disk=")?;
-        let clean = start_and_judge(world, "direct")?;
-        ensure!(state(vm(&clean, "direct")) == "trusted", "{:?}", findings(vm(&clean, "direct")));
+        start_and_judge(world, "direct")?.vm("direct").is("trusted")?;
         world.vm("direct")?.flip_byte("disk.img", None)?;
-        let found = start_and_judge(world, "direct")?;
-        ensure!(state(vm(&found, "direct")) == "untrusted", "{found:#}");
-        ensure!(
-            findings(vm(&found, "direct")).iter().any(|f| f.starts_with("image-")),
-            "{:?}",
-            findings(vm(&found, "direct"))
-        );
-        Ok(())
+        start_and_judge(world, "direct")?.vm("direct").is_untrusted_for("image-discontinuity", "disk.img")
     });
 }
 
@@ -190,22 +119,19 @@ fn vm_enforce_keeps_a_changed_vm_stopped() {
         world.settings().enforce = Some(references);
         world.start_enrolled()?;
         world.vm("web")?.start()?;
-        wait_running(world, "web")?;
+        world.wait_running("web")?;
         world.vm("web")?.kill()?;
-        wait_stopped(world, "web")?;
+        world.wait_gone("web")?;
 
         world.vm("web")?.flip_byte("vmlinux", None)?;
         world.vm("web")?.start()?;
         let error = world.wait_until("the refusal", LIMIT, |world| {
-            let status = world.proxy_status()?;
-            let vms = status["vms"].as_array().cloned().unwrap_or_default();
-            Ok(vms.iter().find(|vm| vm["name"] == "web").and_then(|vm| vm["error"].as_str().map(str::to_owned)))
+            Ok(world.vm_status("web")?["error"].as_str().map(str::to_owned))
         })?;
         ensure!(error.contains("kernel"), "{error}");
-        let status = world.proxy_status()?;
-        ensure!(status["vms"][0]["run_state"] == "prelaunch", "{status:#}");
-        let found = verdict(world)?;
-        ensure!(has(vm(&found, "web"), "vm-refused", ""), "{:?}", findings(vm(&found, "web")));
+        ensure!(world.vm_status("web")?["run_state"] == "prelaunch", "it was let go: {error}");
+        let found = world.verdict()?;
+        ensure!(found.vm("web").has("vm-refused", ""), "{found}");
         Ok(())
     });
 }
@@ -224,8 +150,7 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
     World::test(|world| {
         world.start_enrolled()?;
         world.add_vm(VmSpec::new("m", Machine::Microvm))?.start()?;
-        world.wait_all_ready()?;
-        settle(world, "m")?;
+        world.wait_all_reported()?;
         world.learn_policy()?;
         ensure!(world.attest()?.code == 0, "not trusted before the attack");
 
@@ -249,17 +174,14 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
             ("truncated after a record", part(0..last).to_vec(), "log-length", "record"),
         ] {
             let found = verify_changed(world, &Evidence { records, ..good.clone() })?;
-            ensure!(has(&found["host"], code, item), "{what}: {:?}", findings(&found["host"]));
-            ensure!(state(&found["host"]) == "untrusted", "{what}: {found:#}");
+            found.host().is_untrusted_for(code, item).with_context(|| what)?;
         }
         let mut lists = good.clone();
         lists.guests[0].entries.swap(1, 2);
-        let found = verify_changed(world, &lists)?;
-        ensure!(has(vm(&found, "m"), "guest-list-aggregate", "record"), "{found:#}");
+        verify_changed(world, &lists)?.vm("m").is_untrusted_for("guest-list-aggregate", "record")?;
         lists = good.clone();
         lists.guests[0].entries.pop();
-        let found = verify_changed(world, &lists)?;
-        ensure!(has(vm(&found, "m"), "guest-list-count", "record"), "{found:#}");
+        verify_changed(world, &lists)?.vm("m").is_untrusted_for("guest-list-count", "record")?;
 
         // The file under the running proxy: it sends what is there, or says which records are missing.
         let file = log_file(world)?;
@@ -288,14 +210,12 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
         world.start_proxy()?;
         world.enrol_again()?;
         let found = world.wait_until("the VM to be found again", LIMIT, |world| {
-            let found = verdict(world)?;
-            Ok((state(vm(&found, "m")) != "none").then_some(found))
+            let found = world.verdict()?;
+            Ok((found.vm("m").state() != "none").then_some(found))
         })?;
-        ensure!(
-            findings(vm(&found, "m")).iter().any(|f| f.starts_with("guest-list-") && f.contains("record")),
-            "{found:#}"
-        );
-        Ok(())
+        let findings = found.vm("m").findings();
+        ensure!(findings.iter().any(|f| f.starts_with("guest-list-") && f.contains("record")), "{findings:?}");
+        found.vm("m").is("untrusted")
     });
 }
 
@@ -306,14 +226,14 @@ fn edited_copy(bytes: &[u8], at: usize) -> Vec<u8> {
 }
 
 /// The verdict on evidence that somebody changed on its way.
-fn verify_changed(world: &World, evidence: &Evidence) -> Result<Value> {
+fn verify_changed(world: &World, evidence: &Evidence) -> Result<Verdict> {
     let mut pieces = Pieces::default();
     pieces.push_log(Item::Records, 0, &evidence.records);
     pieces.push_dictionary(0, evidence.dictionary.iter().cloned());
     evidence.guests.iter().for_each(|guest| pieces.push_guest(guest));
     let file = world.folder().join("changed.oq");
     fs::write(&file, stream::compress(&pieces.stream(evidence.head.clone()))?)?;
-    world.verifier(&["verify", &file.to_string_lossy(), "--host", World::HOST, "--json"])?.json()
+    Verdict::of(&world.verifier(&["verify", &file.to_string_lossy(), "--host", World::HOST, "--json"])?)
 }
 
 /// Where each record of a log ends.
@@ -334,19 +254,19 @@ fn evidence_of_another_host_or_another_time_is_refused() {
         let saved = world.folder().join("evidence.oq");
         let saved = saved.to_string_lossy();
         world.verifier(&["attest", World::HOST, "--json", "--save", &saved])?;
-        let here = world.verifier(&["verify", &saved, "--host", World::HOST, "--json"])?.json()?;
-        ensure!(findings(&here["host"]).iter().all(|f| !f.starts_with("signature")), "{here:#}");
+        let verify = |more: &[&str]| Verdict::of(&world.verifier(&[&["verify", &saved, "--json"], more].concat())?);
+        let here = verify(&["--host", World::HOST])?;
+        ensure!(!here.host().has("signature-invalid", "") && !here.host().has("qualifying-data", ""), "{here}");
 
-        let late = world.verifier(&["verify", &saved, "--host", World::HOST, "--nonce", &"ab".repeat(32), "--json"])?;
-        ensure!(has(&late.json()?["host"], "nonce-other", ""), "{}", late.output);
-        ensure!(late.code == 1, "exit code {}", late.code);
+        let late = verify(&["--host", World::HOST, "--nonce", &"ab".repeat(32)])?;
+        late.host().is_untrusted_for("nonce-other", "")?;
+        ensure!(late.code == 1, "{late}");
 
         let mut other = World::new()?;
         other.start_enrolled()?;
-        let ak = other.proxy_state().join("ak.pub");
-        let foreign = world.verifier(&["verify", &saved, "--ak", &ak.to_string_lossy(), "--json"])?;
-        ensure!(has(&foreign.json()?["host"], "signature-invalid", ""), "{}", foreign.output);
-        ensure!(foreign.code == 1, "exit code {}", foreign.code);
+        let foreign = verify(&["--ak", &other.proxy_state().join("ak.pub").to_string_lossy()])?;
+        foreign.host().is_untrusted_for("signature-invalid", "")?;
+        ensure!(foreign.code == 1, "{foreign}");
         Ok(())
     });
 }

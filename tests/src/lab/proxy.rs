@@ -207,4 +207,14 @@ impl World {
     pub fn proxy_status(&self) -> Result<Value> {
         self.proxy_command(&["status", "--json"])?.json()
     }
+
+    /// Waits until the proxy says that VM `name` runs.
+    ///
+    /// # Errors
+    /// It doesn't in time.
+    pub fn wait_running(&mut self, name: &str) -> Result<()> {
+        self.wait_until("the proxy to let the VM run", Duration::from_secs(60), |world| {
+            Ok((world.vm_status(name)?["run_state"] == "running").then_some(()))
+        })
+    }
 }

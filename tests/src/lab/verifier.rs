@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::world::World;
+use super::{verdict::Verdict, world::World};
 
 /// What a command that ran to its end left.
 #[derive(Debug, Clone)]
@@ -137,5 +137,13 @@ impl World {
     /// The verifier cannot be started.
     pub fn attest(&self) -> Result<Run> {
         self.verifier(&["attest", Self::HOST, "--json"])
+    }
+
+    /// Asks the host once, for the verdict whatever it is.
+    ///
+    /// # Errors
+    /// The verifier gives none.
+    pub fn verdict(&self) -> Result<Verdict> {
+        Verdict::of(&self.attest()?)
     }
 }
