@@ -235,7 +235,63 @@ fn host_id(text: &str) -> Result<HostId, ApiError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
+    use crate::{
+        enrol::Identity,
+        round::Times,
+        source::System,
+        store::{Enrolment, sqlite::Sqlite},
+    };
+
+    async fn request(address: std::net::SocketAddr, line: &str) -> (u16, String) {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let text = format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn what_is_served() {
+        let dir = tempfile::tempdir().unwrap();
+        Identity::create(dir.path()).unwrap();
+        let identity = Identity::load(dir.path()).unwrap();
+        let store = Sqlite::open(&dir.path().join("v.sqlite")).await.unwrap();
+        let host = Enrolment {
+            id: "h1".parse().unwrap(),
+            url: "https://127.0.0.1:1".into(),
+            ak: crate::appraise::testing::Ak::generate().public(),
+            certificate: identity.certificate.to_vec(),
+            software_tpm: true,
+        };
+        store.enrol(&host, false).await.unwrap();
+        let verifier = Verifier { store, identity, source: Arc::new(System), times: Times::default() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let server = Server::new(verifier, Duration::from_secs(60));
+        let served = tokio::spawn(server.run(listener, async { stopped.await.unwrap_or_default() }));
+
+        assert_eq!(request(address, "GET /healthz").await, (200, "ok\n".into()));
+        let (status, body) = request(address, "POST /v1/hosts/h1/attest").await;
+        let verdict: result::Verdict = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, verdict.host.state), (200, result::State::Unreachable));
+        let (status, body) = request(address, "GET /v1/hosts/h1").await;
+        let verdict: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(status, 200);
+        assert_eq!(verdict["host"]["findings"][0]["code"], "unreachable");
+        let (_, body) = request(address, "GET /v1/hosts").await;
+        let list: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((&list[0]["id"], &list[0]["state"]), (&"h1".into(), &"unreachable".into()));
+        assert_eq!(request(address, "GET /v1/hosts/h2").await.0, 404);
+        assert_eq!(request(address, "GET /v1/hosts/No_Host").await.0, 400);
+        stop.send(()).unwrap();
+        served.await.unwrap().unwrap();
+    }
 
     #[test]
     fn failures_are_asked_sooner_but_less_and_less() {

@@ -57,7 +57,7 @@ pub struct Round {
     pub verdict: Verdict,
     /// The evidence as it came, if any came.
     pub evidence: Option<Vec<u8>>,
-    /// What was shown to be measured, if the evidence was whole.
+    /// What was shown to be measured, if that was wanted and the evidence was whole.
     pub facts: Option<Facts>,
 }
 
@@ -94,16 +94,28 @@ impl<S: Store> Verifier<S> {
     /// # Errors
     /// [`Fault`]. That the host is unreachable or untrusted is no error: the verdict says so.
     pub async fn attest(&self, id: &HostId) -> Result<Round, Fault> {
+        self.run(id, false).await
+    }
+
+    /// Attests a host and keeps what was shown to be measured in the result: for proposing a policy.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub async fn attest_for_facts(&self, id: &HostId) -> Result<Round, Fault> {
+        self.run(id, true).await
+    }
+
+    async fn run(&self, id: &HostId, facts: bool) -> Result<Round, Fault> {
         for _ in 0..ATTEMPTS {
             let host = self.store.host(id).await?;
-            let Some(round) = self.try_attest(&host).await? else { continue };
+            let Some(round) = self.try_attest(&host, facts).await? else { continue };
             return Ok(round);
         }
         Err(Fault::Busy(id.clone()))
     }
 
     /// One attempt; none when the host's state was renewed meanwhile.
-    async fn try_attest(&self, host: &Host) -> Result<Option<Round>, Fault> {
+    async fn try_attest(&self, host: &Host, facts: bool) -> Result<Option<Round>, Fault> {
         let enrolled = &host.enrolment;
         let id = &enrolled.id;
         let ak = Public::parse(&enrolled.ak).map_err(|source| Fault::Key { host: id.clone(), source })?;
@@ -146,6 +158,7 @@ impl<S: Store> Verifier<S> {
             policy: policy.as_ref().map(|(policy, version)| (policy, *version)),
             now,
             lifetime: millis(self.times.verdict),
+            facts,
         };
         let Appraisal { verdict, state, facts } = appraise(&received, &context);
         let round = Round { verdict, evidence: Some(answer.evidence), facts };

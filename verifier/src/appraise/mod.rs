@@ -86,6 +86,8 @@ pub struct Context<'a> {
     pub now: TimeMs,
     /// How long a verdict holds, in milliseconds.
     pub lifetime: u64,
+    /// Whether the facts are wanted too: they take as much memory as the evidence.
+    pub facts: bool,
 }
 
 /// What comes out.
@@ -95,7 +97,7 @@ pub struct Appraisal {
     pub verdict: Verdict,
     /// The state to keep; none when the evidence was not whole, and the state before stays.
     pub state: Option<HostState>,
-    /// What was shown to be measured, when the evidence was whole.
+    /// What was shown to be measured, when that was wanted and the evidence was whole.
     pub facts: Option<Facts>,
 }
 
@@ -261,13 +263,13 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
         guests: accepted_guests(&guests, &context.state.guests, statement),
     });
     let verdict = verdict::whole(context, &quoted, statement, host, vms, skipped, notes);
-    let facts = authentic.then(|| Facts {
+    let facts = (authentic && context.facts).then(|| Facts {
         statement: statement.clone(),
         registers,
         entries: verdict::entries(&guests, &mut dictionary),
         host_entries: host_list.entries.iter().map(|entry| entry.raw.to_vec()).collect(),
         log,
-        sessions: sessions.clone(),
+        sessions,
     });
     Appraisal { verdict, state, facts }
 }

@@ -425,6 +425,7 @@ impl World {
             policy: policy.as_ref().map(|policy| (policy, 1)),
             now: self.now,
             lifetime: 1000,
+            facts: true,
         };
         appraise(received, &context)
     }

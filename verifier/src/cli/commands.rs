@@ -211,6 +211,7 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
         policy: policy.as_ref().map(|(policy, version)| (policy, *version)),
         now: System.now(),
         lifetime: 0,
+        facts: false,
     };
     let mut verdict = match Received::read(&bytes) {
         Ok(received) => appraise(&received, &context).verdict,
@@ -231,7 +232,7 @@ async fn policy(state: &Path, command: PolicyCommand) -> Result<(), CliError> {
         PolicyCommand::Learn { host, evidence, ak, output } => {
             let facts = match (host, evidence, ak) {
                 (Some(host), None, _) => {
-                    let round = verifier(state, Times::default()).await?.attest(&host).await?;
+                    let round = verifier(state, Times::default()).await?.attest_for_facts(&host).await?;
                     round.facts.ok_or_else(|| not_whole(&round.verdict))?
                 }
                 (Some(host), Some(file), _) => {
@@ -292,6 +293,7 @@ fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Fa
         policy: policy.map(|policy| (policy, 0)),
         now: System.now(),
         lifetime: 0,
+        facts: true,
     };
     let Appraisal { verdict, facts, .. } = appraise(&received, &context);
     facts.ok_or_else(|| not_whole(&verdict))

@@ -84,8 +84,8 @@ pub enum StoreError {
 
 /// Keeps what must outlive a process.
 pub trait Store: Send + Sync + 'static {
-    /// Enrols a host. With `replace` an enrolled one gets this key, certificate and URL; its state and policy stay,
-    /// unless the key is another: then its state is forgotten.
+    /// Enrols a host. One that is enrolled with the same key and certificate gets the new URL. Only with `replace` it
+    /// gets another key or certificate; its policy stays, and so does its state unless the key is another.
     fn enrol(&self, host: &Enrolment, replace: bool) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Forgets a host.

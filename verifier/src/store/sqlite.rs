@@ -1,9 +1,13 @@
 //! The store in one SQLite file, in write-ahead mode.
+//!
+//! A transaction survives the end of the process at once and a loss of power with the next checkpoint: what can be
+//! lost then is the newest state and challenges. An answer to a lost challenge is refused, and a state that is a
+//! little older takes in the same log again.
 
 use std::{path::Path, time::Duration};
 
 use sqlx::{
-    Row, SqlitePool,
+    ConnectOptions as _, Row, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 
@@ -43,9 +47,10 @@ impl Sqlite {
             .filename(path)
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
+            .synchronous(SqliteSynchronous::Normal)
             .busy_timeout(Duration::from_secs(10))
-            .foreign_keys(true);
+            .foreign_keys(true)
+            .disable_statement_logging();
         let pool = SqlitePoolOptions::new().max_connections(4).connect_with(options).await;
         let store = Self { pool: pool.map_err(failed("opening it"))? };
         store.migrate().await?;
@@ -80,7 +85,8 @@ impl Store for Sqlite {
                 state = CASE WHEN ak = ?3 THEN state END, verdict = CASE WHEN ak = ?3 THEN verdict END, ak = ?3"
         } else {
             "INSERT INTO host (id, url, ak, certificate, software_tpm, version) VALUES (?1, ?2, ?3, ?4, ?5, 1)
-             ON CONFLICT (id) DO NOTHING"
+             ON CONFLICT (id) DO UPDATE SET url = ?2, software_tpm = ?5, version = version + 1
+                WHERE ak = ?3 AND certificate = ?4"
         };
         let query = sqlx::query(sql).bind(host.id.as_str()).bind(&host.url).bind(&host.ak).bind(&host.certificate);
         let done = query.bind(host.software_tpm).execute(&self.pool).await.map_err(failed("enrolling a host"))?;
@@ -228,7 +234,10 @@ mod tests {
         let id: HostId = "h1".parse().unwrap();
         assert!(matches!(store.host(&id).await, Err(StoreError::NoHost(_))));
         store.enrol(&enrolment(1), false).await.unwrap();
-        assert!(matches!(store.enrol(&enrolment(1), false).await, Err(StoreError::HostExists(_))));
+        let moved = Enrolment { url: "https://127.0.0.1:2".into(), ..enrolment(1) };
+        store.enrol(&moved, false).await.unwrap();
+        assert_eq!(store.host(&id).await.unwrap().enrolment, moved, "the same host at another address");
+        assert!(matches!(store.enrol(&enrolment(2), false).await, Err(StoreError::HostExists(_))));
         assert_eq!(store.set_policy(&id, "a", TimeMs(1)).await.unwrap(), 1);
         assert_eq!(store.set_policy(&id, "b", TimeMs(2)).await.unwrap(), 2);
         let host = store.host(&id).await.unwrap();
