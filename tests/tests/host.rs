@@ -5,7 +5,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use onequote_tests::lab::{Machine, Verdict, VmSpec, World};
+use onequote_tests::lab::{Machine, Verdict, VmSpec, World, wait};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -114,5 +114,25 @@ fn old_evidence_does_not_answer_a_new_challenge() {
         let nonce = "00".repeat(32);
         let arguments = ["verify", &saved.to_string_lossy(), "--host", World::HOST, "--nonce", &nonce, "--json"];
         Verdict::of(&world.verifier(&arguments)?)?.host().is_untrusted_for("nonce-other", "")
+    });
+}
+
+#[test]
+fn a_verifier_that_serves_asks_on_its_own_and_keeps_no_old_green() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        world.learn_policy()?;
+        world.start_serve(1)?;
+        world.wait_until("a verdict nobody asked for", LIMIT, |world| {
+            Ok((world.served_verdict()?.host().state() == "trusted").then_some(()))
+        })?;
+        world.proxy()?.kill()?;
+        // The proxy is gone, so the world's own wait, which watches over it, does not serve here.
+        wait::for_true("the green to go", LIMIT, || Ok(world.served_verdict()?.host().state() == "unreachable"))?;
+        world.start_proxy()?;
+        world.enrol_again()?;
+        world.wait_until("the host to be found again", LIMIT, |world| {
+            Ok((world.served_verdict()?.host().state() == "trusted").then_some(()))
+        })
     });
 }

@@ -1,12 +1,18 @@
 //! The verifier of a world, by its command line.
 
-use std::process::Command;
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{verdict::Verdict, world::World};
+use super::{process::Process, verdict::Verdict, wait, world::World};
 
 /// What a command that ran to its end left.
 #[derive(Debug, Clone)]
@@ -145,5 +151,45 @@ impl World {
     /// The verifier gives none.
     pub fn verdict(&self) -> Result<Verdict> {
         Verdict::of(&self.attest()?)
+    }
+
+    /// Starts `serve` with this period in seconds; it ends with the world.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not listen in time.
+    pub fn start_serve(&mut self, period: u32) -> Result<()> {
+        let mut command = Command::new(&self.assets().verifier);
+        command.arg("--state").arg(self.verifier_state());
+        command.args(["serve", "--listen", "127.0.0.1:0", "--period", &period.to_string()]);
+        let log = self.folder().join("log/serve.log");
+        let mut process = Process::spawn("onequote-verifier serve", &command, &log, self.options.keep)?;
+        let address = self.verifier_state().join("serve.addr");
+        wait::for_true("the verifier to listen", Duration::from_secs(60), || {
+            process.check_alive()?;
+            Ok(fs::metadata(&address).is_ok_and(|data| data.len() > 0))
+        })?;
+        self.serve = Some(process);
+        Ok(())
+    }
+
+    /// The last verdict on the host, as `serve` shows it.
+    ///
+    /// # Errors
+    /// It does not answer with one.
+    pub fn served_verdict(&self) -> Result<Verdict> {
+        let address = fs::read_to_string(self.verifier_state().join("serve.addr"))?;
+        let mut stream = TcpStream::connect(address.trim())?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        let host = Self::HOST;
+        write!(stream, "GET /v1/hosts/{host} HTTP/1.1\r\nHost: verifier\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        Verdict::of(&Run {
+            command: "GET /v1/hosts".to_owned(),
+            code: if head.starts_with("HTTP/1.1 200") { 0 } else { 1 },
+            output: body.to_owned(),
+            errors: head.to_owned(),
+        })
     }
 }

@@ -32,6 +32,7 @@ pub struct World {
     // Order matters: VMs go before the proxy, the proxy before the TPM, the folder last.
     pub(crate) vms: Vec<Vm>,
     pub(crate) proxy: Option<Process>,
+    pub(crate) serve: Option<Process>,
     pub(crate) tpm: Option<Tpm>,
     pub(crate) settings: ProxySettings,
     pub(crate) options: Options,
@@ -74,6 +75,7 @@ impl World {
         Ok(Self {
             vms: Vec::new(),
             proxy: None,
+            serve: None,
             tpm,
             settings: ProxySettings::default(),
             options,
@@ -180,6 +182,7 @@ impl World {
     #[must_use]
     pub fn process_ids(&mut self) -> Vec<u32> {
         let mut ids: Vec<u32> = self.vms.iter().flat_map(Vm::processes).map(Process::id).collect();
+        ids.extend(self.serve.as_ref().map(Process::id));
         ids.extend(self.proxy.as_ref().map(Process::id));
         ids.extend(self.tpm.as_mut().map(|tpm| tpm.process().id()));
         ids
