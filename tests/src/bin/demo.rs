@@ -4,13 +4,12 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
-use nix::sys::signal::{SigSet, Signal};
 use onequote_tests::lab::{Assets, Machine, Options, VmSpec, World};
 use serde_json::{Value, json};
 
@@ -47,7 +46,6 @@ fn main() -> Result<ExitCode> {
 
     let tcti = cli.tpm.as_deref().map(|device| format!("device:{}", device.display()));
     let mut world = World::with(Options { keep: cli.keep, tcti, ..Options::default() })?;
-    clean_up_when_interrupted(world.folder(), cli.keep)?;
     let outcome = play(&mut world, &cli, start);
     match &outcome {
         Ok(_) if cli.keep => look_around(&mut world)?,
@@ -80,7 +78,8 @@ fn play(world: &mut World, cli: &Cli, start: Instant) -> Result<bool> {
 
     println!("\n== Policy");
     world.learn_policy()?;
-    println!("   learnt from what runs now (for a demo: an operator reads it before it is put in force)");
+    println!("   learnt from what runs now (for a demo: an operator reads it before it is put in force);");
+    println!("   other QEMU processes on this machine are none of the demo's, and allowed");
 
     println!("\n== Verdict");
     let before = quotes(world)?;
@@ -265,24 +264,6 @@ fn find<'a>(vms: &'a Value, name: &str) -> &'a Value {
 
 fn since(start: Instant) -> String {
     format!("{:.1} s", start.elapsed().as_secs_f32())
-}
-
-/// On Ctrl-C removes the world's folder and ends; the kernel ends the children of a program that is gone.
-fn clean_up_when_interrupted(folder: &Path, keep: bool) -> Result<()> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block()?;
-    let folder = folder.to_owned();
-    std::thread::spawn(move || {
-        if signals.wait().is_ok() {
-            if !keep {
-                let _ = fs::remove_dir_all(folder);
-            }
-            std::process::exit(130);
-        }
-    });
-    Ok(())
 }
 
 /// `--keep`: says how to look around, and leaves a script that ends it all.

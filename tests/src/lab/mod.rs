@@ -12,6 +12,7 @@
 //! Errors are `anyhow`'s, although this is a library: nobody handles them, people read them.
 
 mod assets;
+mod base64;
 mod cache;
 mod command;
 mod console;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
 use super::assets::Assets;
@@ -14,7 +14,7 @@ use super::console::{Answer, Console};
 use super::machine::Machine;
 use super::process::Process;
 use super::qmp::Qmp;
-use super::{vsock, wait};
+use super::{base64, vsock, wait};
 
 /// How long a guest may take until it is ready: UEFI under TCG on a busy machine is the slowest.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -187,7 +187,9 @@ impl Vm {
         let mut arguments: Vec<String> =
             ["-nodefaults", "-no-user-config", "-display", "none", "-readconfig", "vm.cfg"].map(str::to_owned).to_vec();
         arguments.extend(["-name".to_owned(), self.spec.name.clone()]);
-        self.back_end = None;
+        if let Some(mut old) = self.back_end.take() {
+            old.kill()?;
+        }
         if self.spec.vsock {
             let (more, back_end) = vsock::attach(
                 &self.assets.transport,
@@ -297,7 +299,7 @@ impl Vm {
     pub fn ima_list(&mut self) -> Result<Vec<u8>> {
         let answer = self.ask("cat-ima")?;
         ensure!(answer.status == 0, "reading the list in the guest: {answer:?}");
-        base64(&answer.output)
+        base64::decode(&answer.output)
     }
 
     /// The length of the guest's IMA list now.
@@ -377,42 +379,5 @@ impl Vm {
         ensure!(text.contains(from), "{} has no {from}", path.display());
         fs::write(&path, text.replace(from, to))?;
         Ok(())
-    }
-}
-
-/// RFC 4648, with line breaks.
-fn base64(text: &str) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let (mut bits, mut count) = (0_u32, 0);
-    for digit in text.bytes() {
-        let value = match digit {
-            b'A'..=b'Z' => digit - b'A',
-            b'a'..=b'z' => digit - b'a' + 26,
-            b'0'..=b'9' => digit - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            b'=' | b'\n' | b'\r' => continue,
-            _ => bail!("the guest's answer is not base64: {text}"),
-        };
-        bits = bits << 6 | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count) as u8);
-        }
-    }
-    Ok(bytes)
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base64_is_read() {
-        assert_eq!(base64("aGVs\nbG8=\n").unwrap(), b"hello");
-        assert_eq!(base64("").unwrap(), b"");
-        assert!(base64("?").is_err());
     }
 }

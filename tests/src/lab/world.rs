@@ -1,7 +1,9 @@
 //! One host and its verifier, in a folder of their own.
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
@@ -39,6 +41,7 @@ pub struct World {
     assets: &'static Assets,
     folder: Option<tempfile::TempDir>,
     path: PathBuf,
+    guard: Guard,
     /// With the kernel's vsock all worlds share one port: one world at a time.
     _turn: Option<Turn>,
 }
@@ -65,6 +68,7 @@ impl World {
         // Short, whatever TMPDIR is: a Unix socket's path has 108 bytes at most.
         let folder = tempfile::Builder::new().prefix("oq-").tempdir_in("/tmp")?;
         let path = folder.path().to_owned();
+        let guard = Guard::set(&path)?;
         for part in ["tpm", "proxy", "run/vms", "vm", "verifier", "log"] {
             fs::create_dir_all(path.join(part))?;
         }
@@ -82,6 +86,7 @@ impl World {
             assets,
             folder: Some(folder),
             path,
+            guard,
             _turn: turn,
         })
     }
@@ -212,11 +217,48 @@ impl Drop for World {
         if std::thread::panicking() {
             self.print_logs();
         }
+        if self.options.keep {
+            self.guard.dismiss();
+        }
         if self.options.keep
             && let Some(folder) = self.folder.take()
         {
             let _ = folder.keep();
         }
+    }
+}
+
+/// Removes a world's folder when this program ends without doing so: it was killed, or interrupted by Ctrl-C. A shell that
+/// waits for the end of a pipe whose other end nobody but this program has.
+#[derive(Debug)]
+struct Guard(Child);
+
+impl Guard {
+    fn set(folder: &Path) -> Result<Self> {
+        // The world's processes are killed at the same moment; one that writes its last makes `rm` fail once.
+        const SCRIPT: &str = "cat; for try in 1 2 3 4 5; do rm -rf \"$0\" && exit; sleep 0.2; done";
+        let child = Command::new("sh")
+            .args(["-c", SCRIPT])
+            .arg(folder)
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(Self(child))
+    }
+
+    /// Leaves the folder.
+    fn dismiss(&mut self) {
+        // It can only have ended already.
+        let _ = self.0.kill();
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Closes the pipe first.
+        let _ = self.0.wait();
     }
 }
 
