@@ -30,6 +30,8 @@ pub struct Status {
     pub tpm: String,
     /// Whether the TPM is software: no root of trust.
     pub software_tpm: bool,
+    /// Quotes that the TPM was asked for since the proxy started.
+    pub quotes: u64,
     /// What keeps log or TPM from working.
     pub failure: Option<String>,
     /// Managed VMs.
@@ -116,6 +118,7 @@ impl StatusSource for LiveStatus {
             log_len: head.map_or(0, |head| head.log_len),
             tpm: tpm.as_ref().map(|tpm| tpm.model.to_string()).unwrap_or_default(),
             software_tpm: tpm.is_some_and(|tpm| tpm.software),
+            quotes: self.log.quotes(),
             failure: self.log.failure().map(|e| e.to_string()),
             vms: vms.collect(),
             sockets: live.sockets,

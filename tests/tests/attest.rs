@@ -21,7 +21,9 @@ fn vm_three_clean_vms_are_trusted_from_one_quote_and_an_unknown_program_is_found
 
         let before = world.tpm()?.quotes()?;
         let clean = world.verdict()?;
-        ensure!(world.tpm()?.quotes()? == before + 1, "not one quote");
+        let quotes = world.tpm()?.quotes()?;
+        ensure!(quotes == before + 1, "not one quote");
+        ensure!(world.proxy_status()?["quotes"] == quotes, "the proxy counts otherwise: {}", world.proxy_status()?);
         clean.host().is("trusted")?;
         ensure!(clean.host().field("software_tpm") == true, "the verdict does not say that the TPM is software");
         for machine in Machine::ALL {

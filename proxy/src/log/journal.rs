@@ -44,6 +44,8 @@ pub(super) struct Journal {
     /// Whether this process's `proxy-start` is in the log.
     announced: bool,
     state: watch::Sender<Option<State>>,
+    /// `TPM2_Quote` commands since the start.
+    quotes: u64,
 }
 
 /// Log and registers in agreement.
@@ -64,6 +66,8 @@ pub(super) struct State {
     pub(super) tpm: TpmInfo,
     /// What keeps the recorder from working, as of its last attempt.
     pub(super) failure: Option<RecorderError>,
+    /// `TPM2_Quote` commands since the start.
+    pub(super) quotes: u64,
 }
 
 /// Where a record went.
@@ -85,7 +89,7 @@ impl Journal {
             return Err(RecorderError::BadRegisters(vm, guest));
         }
         let (state, _) = watch::channel(None);
-        let mut journal = Self { config, store, open_tpm, live: None, announced: false, state };
+        let mut journal = Self { config, store, open_tpm, live: None, announced: false, state, quotes: 0 };
         journal.recover()?;
         if !journal.announced {
             journal.announce()?;
@@ -131,8 +135,10 @@ impl Journal {
             }
             _ => None,
         };
+        let quotes = self.quotes;
         self.state.send_if_modified(|state| {
             let Some(state) = state else { return false };
+            state.quotes = quotes;
             let changed = state.failure.is_some() != failure.is_some();
             state.failure = failure;
             changed
@@ -237,6 +243,7 @@ impl Journal {
                     _ => return Ok(Attempt::Moved),
                 }
                 let Some((head, data)) = &prepared else { return Ok(Attempt::Moved) };
+                self.quotes += 1;
                 let quote = live.tpm.quote(data.as_bytes(), &registers)?;
                 Ok(Attempt::Quoted(Quoted { quote, pcr_values: values, head: head.clone() }, *data))
             });
@@ -309,7 +316,13 @@ impl Journal {
             Plan::Begin { number, gap, remains } => self.begin(tpm, now, number, gap.as_ref(), remains)?,
         };
         self.fold_all(&index)?;
-        self.state.send_replace(Some(State { index, head: head(&live), tpm: info, failure: None }));
+        self.state.send_replace(Some(State {
+            index,
+            head: head(&live),
+            tpm: info,
+            failure: None,
+            quotes: self.quotes,
+        }));
         self.live = Some(live);
         Ok(())
     }

@@ -193,6 +193,12 @@ impl LogHandle {
         self.look(|state| state.tpm.clone())
     }
 
+    /// `TPM2_Quote` commands since the start.
+    #[must_use]
+    pub fn quotes(&self) -> u64 {
+        self.look(|state| state.quotes).unwrap_or_default()
+    }
+
     /// What made the last append or quote fail; none when it succeeded.
     pub fn failure(&self) -> Option<RecorderError> {
         self.look(|state| state.failure.clone()).unwrap_or_else(Some)
