@@ -11,7 +11,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -324,8 +324,9 @@ impl Writer {
     async fn log(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.sink.ready().await?;
         tokio::task::block_in_place(|| {
-            self.dictionary.save()?;
-            self.sessions.values_mut().flat_map(|s| &mut s.lists).try_for_each(GuestList::save)
+            self.dictionary.save().map_err(|e| named(&self.folder.join("dictionary"), &e))?;
+            let mut lists = self.sessions.values_mut().flat_map(|s| &mut s.lists);
+            lists.try_for_each(GuestList::save).map_err(|e| named(&self.folder, &e))
         })?;
         let events = self.due();
         if !events.is_empty() {
@@ -380,6 +381,11 @@ impl Writer {
         events.retain(|event| event.vm.is_some_and(|vm| live.contains(&vm)));
         events
     }
+}
+
+/// An error of the file system that says where it happened.
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
 }
 
 /// The list that a connection may add to.

@@ -23,7 +23,7 @@ pub struct MeasureError {
 #[derive(Debug, thiserror::Error)]
 pub enum MeasureErrorKind {
     /// The file could not be opened or read.
-    #[error("cannot be read: {0}")]
+    #[error("cannot be read: {0}{advice}", advice = advice(.0))]
     Io(#[from] io::Error),
     /// The file is not where QEMU looks for it.
     #[error("not found where QEMU looks for it")]
@@ -62,6 +62,14 @@ impl MeasureError {
     /// An error about an item that is no file.
     pub(crate) fn of(item: &str, kind: impl Into<MeasureErrorKind>) -> Self {
         Self::new(item, Path::new(""), kind)
+    }
+}
+
+/// What to do, where the system's words leave that open.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run the proxy as root, or as the user whose QEMU and images these are",
+        _ => "",
     }
 }
 

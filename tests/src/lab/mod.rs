@@ -12,15 +12,20 @@
 //! Errors are `anyhow`'s, although this is a library: nobody handles them, people read them.
 
 mod assets;
+mod bare;
 mod base64;
 mod cache;
 mod command;
 mod console;
 mod image;
+mod logview;
 mod machine;
+mod peer;
 mod process;
 mod proxy;
 mod qmp;
+mod random;
+mod relay;
 mod report;
 mod tpm;
 mod verdict;
@@ -31,11 +36,16 @@ pub mod wait;
 mod world;
 
 pub use assets::Assets;
+pub use bare::Bare;
 pub use console::{Answer, Console};
+pub use logview::LogView;
 pub use machine::Machine;
+pub use peer::{Contradiction, Guest, Peer, ShimConnection};
 pub use process::Process;
 pub use proxy::ProxySettings;
 pub use qmp::Qmp;
+pub use random::Random;
+pub use relay::{Loss, TpmRelay};
 pub use report::skip;
 pub use tpm::{Tpm, TpmCommand};
 pub use verdict::{Judged, Verdict};

@@ -23,6 +23,10 @@ pub struct ProxySettings {
     pub enforce: Option<PathBuf>,
     /// Further lines at the head of the configuration, before its tables.
     pub head: String,
+    /// Run it as this user, from this copy of the program. Needs root.
+    pub user: Option<(u32, PathBuf)>,
+    /// Another way to the TPM than the world's own.
+    pub tcti: Option<String>,
     /// Further lines of the table `guest`.
     pub guest: String,
     /// Further tables.
@@ -63,10 +67,10 @@ impl World {
             self.folder().join("run"),
             self.settings.head,
         );
-        text += &format!("\n[tpm]\ntcti = {:?}\n", self.tcti());
+        text += &format!("\n[tpm]\ntcti = {:?}\n", self.settings.tcti.clone().unwrap_or_else(|| self.tcti()));
         // One world's shims must not arrive at another's proxy: AF_VSOCK ports are one space for the whole machine.
-        let (vsock, unix) = (self.assets().kernel_vsock(), !self.assets().kernel_vsock());
-        text += &format!("\n[guest]\nvsock = {vsock}\nunix = {unix}\n{}", self.settings.guest);
+        let vsock = self.assets().kernel_vsock();
+        text += &format!("\n[guest]\nvsock = {vsock}\nunix = true\n{}", self.settings.guest);
         if let Some(references) = &self.settings.enforce {
             text += &format!("\n[enforce]\nreferences = {references:?}\n");
         }
@@ -98,6 +102,26 @@ impl World {
         command::output(&mut command)
     }
 
+    /// The same of another boot.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn proxy_export_boot(&self, name: &str, boot: u32) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).args(["export-ima", name, "--boot", &boot.to_string()]);
+        command::output(&mut command)
+    }
+
+    /// What `status --json` has of VM `name`; null when it has nothing.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn vm_status(&self, name: &str) -> Result<Value> {
+        let status = self.proxy_status()?;
+        let vms = status["vms"].as_array().map_or(&[][..], Vec::as_slice);
+        Ok(vms.iter().find(|vm| vm["name"] == name).cloned().unwrap_or_default())
+    }
+
     /// Makes the proxy's identity and starts it without a verifier: its own certificate stands in for one.
     ///
     /// # Errors
@@ -125,7 +149,15 @@ impl World {
     pub fn spawn_proxy(&mut self) -> Result<()> {
         self.write_proxy_config()?;
         let _ = fs::remove_file(self.proxy_state().join("listen.addr"));
-        let mut command = Command::new(&self.assets().proxy);
+        let mut command = match &self.settings.user {
+            None => Command::new(&self.assets().proxy),
+            Some((user, program)) => {
+                let mut command = Command::new("setpriv");
+                command.args(["--reuid", &user.to_string(), "--regid", &user.to_string(), "--clear-groups", "--"]);
+                command.arg(program);
+                command
+            }
+        };
         command.arg("--config").arg(self.proxy_config()).arg("run");
         command.envs(self.settings.environment.iter().map(|(key, value)| (key, value)));
         let log = self.folder().join("log/proxy.log");

@@ -8,10 +8,10 @@ use std::{
     time::Duration,
 };
 
-use onequote_evidence::tpm::Public;
+use onequote_evidence::{stream::Head, tpm::Public};
 use tokio::net::TcpListener;
 
-use super::{Cli, Command, Enrol, PolicyCommand, Verify, table};
+use super::{Cli, Command, Enrol, PolicyCommand, Verify, export, table};
 use crate::{
     api::Server,
     appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
@@ -185,14 +185,18 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
     let bytes = read_evidence(&args.file)?;
     let mut ours = None;
     let mut stored = None;
-    let (ak, software_tpm) = match (&args.ak, &args.host) {
-        (Some(path), _) => (enrol::read_ak(path)?.1, false),
+    let (key, ak, software_tpm) = match (&args.ak, &args.host) {
+        (Some(path), _) => {
+            let (key, ak) = enrol::read_ak(path)?;
+            (key, ak, false)
+        }
         (None, Some(host)) => {
             let host = open(state).await?.host(host).await?;
             ours = Some(host.enrolment.id.clone());
             stored = host.policy;
-            let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
-            (Public::parse(&host.enrolment.ak).map_err(key)?, host.enrolment.software_tpm)
+            let fault = |source| Fault::Key { host: host.enrolment.id.clone(), source };
+            let ak = Public::parse(&host.enrolment.ak).map_err(fault)?;
+            (host.enrolment.ak, ak, host.enrolment.software_tpm)
         }
         (None, None) => return Err(CliError::Usage("give --ak or --host".into())),
     };
@@ -213,8 +217,14 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
         lifetime: 0,
         facts: false,
     };
+    let mut exported = None;
     let mut verdict = match Received::read(&bytes) {
-        Ok(received) => appraise(&received, &context).verdict,
+        Ok(received) => {
+            if let Some(folder) = &args.export {
+                exported = Some(export_quote(folder, &received.evidence().head, &key)?);
+            }
+            appraise(&received, &context).verdict
+        }
         Err(finding) => {
             // "unknown" is a host id.
             #[allow(clippy::expect_used)]
@@ -224,7 +234,24 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
     };
     verdict.skipped.push(Skipped::new("accepted-state", "saved evidence is judged without what came before it"));
     show(&verdict, args.json)?;
+    match exported {
+        Some(words) if !args.json => say(&words)?,
+        _ => {}
+    }
     Ok(exit_code(&verdict))
+}
+
+/// Writes the quote's files. Gives what to say of them.
+fn export_quote(folder: &Path, head: &Head, key: &[u8]) -> Result<String, CliError> {
+    let (Some(files), Some(qualifying)) = (export::files(head, key), export::qualifying_data(head)) else {
+        return Err(CliError::Usage("the evidence's nonce or path has not the right form: nothing to export".into()));
+    };
+    let made = std::fs::create_dir_all(folder);
+    made.map_err(|source| CliError::File { doing: "cannot make the folder", path: folder.to_owned(), source })?;
+    for (name, bytes) in files {
+        write(&folder.join(name), &bytes)?;
+    }
+    Ok(export::words(folder, &qualifying.to_string()))
 }
 
 async fn policy(state: &Path, command: PolicyCommand) -> Result<(), CliError> {

@@ -4,6 +4,7 @@
 //! call or a fault of the verifier itself, 3 when the host could not be reached.
 
 mod commands;
+mod export;
 mod table;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -125,6 +126,9 @@ pub struct Verify {
     /// The policy to judge by
     #[arg(long, value_name = "FILE")]
     pub policy: Option<PathBuf>,
+    /// Write attest structure, signature, key and qualifying data to this folder, for tpm2_checkquote and the like
+    #[arg(long, value_name = "DIR")]
+    pub export: Option<PathBuf>,
     /// Print the verdict as JSON
     #[arg(long)]
     pub json: bool,
