@@ -127,6 +127,11 @@ impl<S: Store> Server<S> {
     }
 
     async fn attest(&self, id: &HostId) -> Result<result::Verdict, Fault> {
+        // Who names hosts that are not enrolled must not make us remember them.
+        if let Err(e) = self.verifier.store.host(id).await {
+            self.turns.lock().await.remove(id);
+            return Err(e.into());
+        }
         let turn = Arc::clone(self.turns.lock().await.entry(id.clone()).or_default());
         let _turn = turn.lock().await;
         self.verifier.attest(id).await.map(|round| round.verdict)

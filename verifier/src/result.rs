@@ -17,6 +17,9 @@ use crate::finding::{Class, Code, Finding};
 pub const LIMITS: &str = "Not claimed: that a guest whose kernel is already compromised tells the truth afterwards. \
     What a guest's list held before cannot be taken back. Physical attacks on the TPM are out of scope.";
 
+/// How far clocks of those who make and show verdicts may be apart, in milliseconds.
+const CLOCK_SLACK: u64 = 5_000;
+
 /// The most findings that are kept for the host or for one VM.
 pub const MAX_FINDINGS: usize = 200;
 
@@ -202,7 +205,9 @@ impl Verdict {
     /// The verdict as it may be shown at `now`: after its expiry nothing in it is trusted any more.
     #[must_use]
     pub fn at(mut self, now: TimeMs) -> Self {
-        if now >= self.expires && self.quote.is_some() {
+        // A clock that was set back says nothing about the age.
+        let set_back = now.0.saturating_add(CLOCK_SLACK) < self.time.0;
+        if (now >= self.expires || set_back) && self.quote.is_some() {
             let age = now.0.saturating_sub(self.time.0) / 1000;
             let finding = Finding::new(Code::VerdictExpired, "verdict").actual(format!("{age} s old"));
             self.host.state = self.host.state.max(State::Stale);
@@ -256,6 +261,10 @@ mod tests {
         });
         verdict.expires = TimeMs(10);
         assert!(verdict.clone().at(TimeMs(9)).all_trusted());
-        assert_eq!(verdict.at(TimeMs(10)).host.state, State::Stale);
+        assert_eq!(verdict.clone().at(TimeMs(10)).host.state, State::Stale);
+        // Nor does setting the clock back make an old verdict fresh.
+        (verdict.time, verdict.expires) = (TimeMs(100_000), TimeMs(200_000));
+        assert!(verdict.clone().at(TimeMs(96_000)).all_trusted());
+        assert_eq!(verdict.at(TimeMs(90_000)).host.state, State::Stale);
     }
 }

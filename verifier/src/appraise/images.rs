@@ -75,11 +75,29 @@ pub(super) fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&Vm
             Some(listed) if !listed.continuity => findings.extend(by_digest(image, listed)),
             Some(_) => {}
         }
+    }
+    forget(vm, images, "it was changed while the VM ran");
+    findings
+}
+
+/// Notes that nobody knows any more what these images should be.
+pub(super) fn forget(vm: &mut VmExpectation, images: &[Image], why: &str) {
+    for image in images {
         if let Some(expectation) = vm.images.get_mut(&image.slot) {
-            expectation.now = ImageStatus::Unknown { why: "it was changed while the VM ran".into() };
+            expectation.now = ImageStatus::Unknown { why: why.to_owned() };
         }
     }
-    findings
+}
+
+/// Notes that images of a start, named as in their findings, were not taken over: they count as never seen.
+pub(super) fn still_new(vm: &mut VmExpectation, images: &[Image], items: &[String]) {
+    for image in images.iter().filter(|image| items.contains(&format!("{} {}", image.slot, image.path))) {
+        let Some(expectation) = vm.images.get_mut(&image.slot) else { continue };
+        match &mut expectation.now {
+            ImageStatus::InUse { broken, .. } => *broken = Some(Box::new(ImageStatus::New)),
+            other => *other = ImageStatus::New,
+        }
+    }
 }
 
 /// Takes over how a run left its images.

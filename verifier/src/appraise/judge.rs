@@ -62,6 +62,11 @@ pub fn vm(present: &Present<'_>, rule: Option<&VmRule>) -> Vec<Finding> {
 fn measured(present: &Present<'_>, rule: Option<&VmRule>) -> Option<Finding> {
     let waits = present.stated.is_some_and(|s| matches!(s.run_state.as_str(), "prelaunch" | "inmigrate"));
     match present.session {
+        // Until the proxy has looked at it again, nobody knows what happened to it meanwhile.
+        Some(Session { unseen_since: Some(record), start: Some(_), refused: None, .. }) => {
+            let item = format!("{} since record {record}", present.name);
+            Some(Finding::new(Code::VmUnmeasured, item).actual("not measured since the proxy was started again"))
+        }
         Some(Session { before: true, .. }) => None,
         Some(Session { start: Some(_), .. }) => {
             let allowed = rule.is_some_and(|rule| rule.attach == Consent::Allowed);

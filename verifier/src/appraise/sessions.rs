@@ -19,11 +19,12 @@ use onequote_evidence::{
 use super::{
     images,
     log::VerifiedLog,
-    state::{KnownSession, Tree, VmExpectation},
+    state::{ImageStatus, KnownSession, Tree, VmExpectation},
 };
 use crate::{
     finding::{Code, Finding},
     policy::{Consent, Policy, VmRule},
+    result::MAX_FINDINGS,
 };
 
 /// One QEMU process, as far as the log tells.
@@ -45,6 +46,8 @@ pub struct Session {
     pub older: bool,
     /// How often in this epoch its guest can have begun a new boot: resets, and gaps that may hide one.
     pub reboots: u64,
+    /// The record of the proxy's last start since which this VM was neither measured again nor ended.
+    pub unseen_since: Option<u64>,
     /// Its guest's boots.
     pub boots: BTreeMap<u32, Boot>,
     /// What the log itself shows to be wrong with it.
@@ -81,6 +84,7 @@ pub fn fold(log: &VerifiedLog, base: Tree, names: &BTreeMap<SessionId, String>, 
     for (recnum, event) in log.events() {
         fold.take(*recnum, event);
     }
+    fold.keep_findings();
     fold.out
 }
 
@@ -117,6 +121,7 @@ impl Fold<'_> {
                 match body {
                     EventBody::VmStop(stop) => {
                         session.stopped = true;
+                        session.unseen_since = None;
                         tree.session = None;
                         images::stop(tree, vm.session, stop, event.time);
                     }
@@ -144,6 +149,9 @@ impl Fold<'_> {
                 self.out.notes.push(note);
             }
             EventBody::ProxyStart(start) if recnum > 0 => {
+                for session in self.out.by_id.values_mut().filter(|s| !s.stopped) {
+                    session.unseen_since = Some(recnum);
+                }
                 self.out
                     .notes
                     .push(format!("record {recnum}: the proxy (version {}) was started again", start.version));
@@ -159,6 +167,7 @@ impl Fold<'_> {
     fn open(&mut self, vm: VmRef) {
         let tree = self.out.tree.vms.entry(vm.vm).or_default();
         let known = tree.session.as_ref().filter(|known| known.session == vm.session);
+        let kept_findings = known.map(|known| known.findings.clone()).unwrap_or_default();
         let known_start = known.and_then(|known| cbor::decode("kept start", &known.start.0, record::MAX_CONTENT).ok());
         let name = self.names.get(&vm.session).unwrap_or(&tree.name).clone();
         let session = self.out.by_id.entry(vm.session).or_insert_with(|| Session {
@@ -170,8 +179,9 @@ impl Fold<'_> {
             refused: None,
             stopped: false,
             reboots: 0,
+            unseen_since: None,
             boots: BTreeMap::new(),
-            findings: Vec::new(),
+            findings: kept_findings,
         });
         if session.vm != vm.vm {
             let item = format!("session {}", vm.session);
@@ -183,11 +193,75 @@ impl Fold<'_> {
         self.out.tree.vms.entry(vm).or_default()
     }
 
-    fn start(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: &VmStart, rule: Option<&VmRule>) {
+    /// What was found of a process that lives on is found in the next epoch too, whose log begins without it.
+    fn keep_findings(&mut self) {
+        for (id, session) in self.out.by_id.iter().filter(|(_, s)| !s.stopped) {
+            let known = self.out.tree.vms.get_mut(&session.vm).and_then(|vm| vm.session.as_mut());
+            if let Some(known) = known.filter(|known| known.session == *id) {
+                known.findings = session.findings.iter().take(MAX_FINDINGS).cloned().collect();
+            }
+        }
+    }
+
+    /// Images that nothing but continuity speaks for, and that this VM has for the first time: they are taken as they
+    /// are, which the operator is told. If another VM had this name before, a changed image may have been given a new
+    /// UUID to look like a first start: that is for the operator to decide.
+    fn first_seen(&mut self, recnum: u64, vm: VmRef, images: &[Image], rule: Option<&VmRule>) -> Vec<Finding> {
+        let tree = &self.out.tree;
+        let known = tree.vms.get(&vm.vm);
+        let name = known.map(|vm| vm.name.as_str()).unwrap_or_default();
+        let namesake = (tree.vms.iter())
+            .find(|(id, other)| **id != vm.vm && !name.is_empty() && other.name == name && !other.images.is_empty());
+        let mut findings = Vec::new();
+        for image in images {
+            let listed = rule.and_then(|rule| rule.images.get(&image.slot));
+            let alone = listed.is_some_and(|listed| listed.continuity && listed.digests.is_empty());
+            let expectation = known.and_then(|vm| vm.images.get(&image.slot));
+            let new = expectation.is_none_or(|e| e.now == ImageStatus::New && !e.accepted.contains(&image.digest));
+            if !alone || !new {
+                continue;
+            }
+            let item = format!("{} {}", image.slot, image.path);
+            match namesake {
+                Some((id, _)) => {
+                    let finding = Finding::new(Code::ImageUnwatched, item).actual(image.digest);
+                    findings.push(finding.expected(format!("unknown: VM {id} had the name {name} before")));
+                }
+                None => self.out.notes.push(format!(
+                    "{name}: {item} was seen for the first time in record {recnum} and taken as it was: {}",
+                    image.digest
+                )),
+            }
+        }
+        findings
+    }
+
+    /// Judges the images of a start and notes that they are in use.
+    fn take_over(
+        &mut self,
+        recnum: u64,
+        time: TimeMs,
+        vm: VmRef,
+        images: &[Image],
+        rule: Option<&VmRule>,
+        seen: images::Seen,
+    ) -> Vec<Finding> {
+        let first = self.first_seen(recnum, vm, images, rule);
+        let unknown: Vec<String> = first.iter().map(|finding| finding.item.clone()).collect();
         let tree = self.vm(vm.vm);
-        let findings = images::start(tree, vm.session, &start.images, rule, time, images::Seen::BeforeItRan);
-        tree.session = Some(KnownSession { session: vm.session, start: Blob(cbor::encode(start)), record: recnum });
+        let mut findings = images::start(tree, vm.session, images, rule, time, seen);
+        images::still_new(tree, images, &unknown);
+        findings.extend(first);
+        findings
+    }
+
+    fn start(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: &VmStart, rule: Option<&VmRule>) {
+        let findings = self.take_over(recnum, time, vm, &start.images, rule, images::Seen::BeforeItRan);
+        let known = Blob(cbor::encode(start));
+        self.vm(vm.vm).session =
+            Some(KnownSession { session: vm.session, start: known, record: recnum, findings: Vec::new() });
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
+            session.unseen_since = None;
             session.findings.extend(findings);
             session.start = Some(start.clone());
             session.before = true;
@@ -197,13 +271,21 @@ impl Fold<'_> {
 
     fn attach(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>) {
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
-        let tree = self.out.tree.vms.entry(vm.vm).or_default();
+        session.unseen_since = None;
         if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {
+            let same = |a: &Image, b: &Image| (&a.slot, &a.path, a.read_only) == (&b.slot, &b.path, b.read_only);
+            let exchanged = |image: &&Image| !first.images.iter().any(|before| same(before, image));
+            let exchanged: Vec<Image> = start.images.iter().filter(exchanged).cloned().collect();
             session.findings.extend(changed(recnum, first, &start));
+            let tree = self.out.tree.vms.entry(vm.vm).or_default();
+            images::forget(tree, &exchanged, "it was exchanged while nobody watched");
             return;
         }
-        session.findings.extend(images::start(tree, vm.session, &start.images, rule, time, images::Seen::WhileItRan));
-        session.start = Some(start);
+        let mut findings = self.take_over(recnum, time, vm, &start.images, rule, images::Seen::WhileItRan);
+        if let Some(session) = self.out.by_id.get_mut(&vm.session) {
+            session.findings.append(&mut findings);
+            session.start = Some(start);
+        }
     }
 
     fn change(&mut self, recnum: u64, vm: VmRef, change: &ConfigChange, rule: Option<&VmRule>) {
@@ -214,6 +296,7 @@ impl Fold<'_> {
             self.out.notes.push(format!("{}: {item} changed", session.name));
             session.findings.extend(images::changed(tree, &change.images, rule));
         } else {
+            images::forget(tree, &change.images, "it was changed while the VM ran");
             let none_if_empty = |text: &str| if text.is_empty() { "nothing".to_owned() } else { text.to_owned() };
             let finding = Finding::new(Code::ConfigChange, item).expected(none_if_empty(&change.before));
             session.findings.push(finding.actual(none_if_empty(&change.after)));
@@ -258,7 +341,8 @@ fn unknown(recnum: u64, kind: &str) -> Finding {
     Finding::new(Code::UnknownEvent, format!("{kind} (record {recnum})"))
 }
 
-/// What is other than it was when the same QEMU process was measured first. Images that a VM writes may be.
+/// What is other than it was when the same QEMU process was measured first. What is in an image that the VM writes may
+/// be; that it is the same image, and that there is no other, not.
 fn changed(recnum: u64, first: &VmStart, now: &VmStart) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut differ = |item: String, before: Option<String>, after: Option<String>| {
@@ -269,9 +353,12 @@ fn changed(recnum: u64, first: &VmStart, now: &VmStart) -> Vec<Finding> {
         }
     };
     let part = |c: &Component| (format!("{} {}", c.role, c.path), c.digest.to_string());
-    let fixed = |i: &Image| i.read_only.then(|| (i.slot.clone(), i.digest.to_string()));
+    let image = |i: &Image| {
+        let as_it_must_stay = if i.read_only { i.digest.to_string() } else { format!("writable, {}", i.path) };
+        (i.slot.clone(), as_it_must_stay)
+    };
     let table = |start: &VmStart| -> BTreeMap<String, String> {
-        start.components.iter().map(part).chain(start.images.iter().filter_map(fixed)).collect()
+        start.components.iter().map(part).chain(start.images.iter().map(image)).collect()
     };
     let (before, after) = (table(first), table(now));
     for key in before.keys().chain(after.keys().filter(|key| !before.contains_key(*key))) {

@@ -16,6 +16,8 @@ use onequote_evidence::{
     tpm::ClockInfo,
 };
 
+use crate::finding::Finding;
+
 /// Past digests that are kept of an image.
 const MAX_HISTORY: usize = 8;
 
@@ -87,6 +89,9 @@ pub struct KnownSession {
     pub start: Blob,
     /// The number of its record, and the epoch.
     pub record: u64,
+    /// What was found of it so far: it stays so for as long as the process lives.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
 }
 
 /// Expectation of one image.

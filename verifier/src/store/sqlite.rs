@@ -190,8 +190,9 @@ impl Store for Sqlite {
         let json = |e: serde_json::Error| StoreError::Database { doing, source: Box::new(e) };
         let state = state.map(serde_json::to_string).transpose().map_err(json)?;
         let verdict = verdict.map(serde_json::to_string).transpose().map_err(json)?;
+        // A verdict alone counts too: one that rests on older evidence must not replace it.
         let sql = "UPDATE host SET state = coalesce(?3, state), verdict = coalesce(?4, verdict),
-            version = version + (?3 IS NOT NULL) WHERE id = ?1 AND version = ?2";
+            version = version + 1 WHERE id = ?1 AND version = ?2";
         let query = sqlx::query(sql).bind(id.as_str()).bind(i64::try_from(version).unwrap_or(i64::MAX));
         let done = query.bind(state).bind(verdict).execute(&self.pool).await.map_err(failed(doing))?;
         Ok(done.rows_affected() == 1)
@@ -247,6 +248,11 @@ mod tests {
         state.accept_image("00000000-0000-0000-0000-000000000001".parse().unwrap(), "disk0", any_digest());
         assert!(store.commit(&id, host.version, Some(&state), None).await.unwrap());
         assert!(!store.commit(&id, host.version, Some(&state), None).await.unwrap(), "the version is an old one");
+        let finding = crate::finding::Finding::new(crate::finding::Code::Unreachable, "h1");
+        let verdict = Verdict::without_evidence(id.clone(), finding, None, TimeMs(3));
+        let version = store.host(&id).await.unwrap().version;
+        assert!(store.commit(&id, version, None, Some(&verdict)).await.unwrap());
+        assert!(!store.commit(&id, version, None, Some(&verdict)).await.unwrap(), "a verdict alone counts too");
         drop(store);
         let store = Sqlite::open(&path).await.unwrap();
         assert_eq!(store.host(&id).await.unwrap().state, state);

@@ -2,8 +2,8 @@
 
 use onequote_evidence::{
     event::{
-        ConfigChange, GapReason, GuestOverflow, GuestRewind, LogGap, Role, StopCause, VmAttach, VmRefuse, VmReset,
-        VmStart,
+        ConfigChange, EventBody, GapReason, GuestOverflow, GuestRewind, LogGap, Role, StopCause, VmAttach, VmRefuse,
+        VmReset, VmStart,
     },
     id::{Blob, BootId, Sha256},
     pcr::RegisterValue,
@@ -286,4 +286,92 @@ fn a_start_that_is_measured_twice_is_the_last_one() {
     start.components.retain(|part| part.role != Role::Initrd);
     world.log(12, Some(vm_ref(1, 1)), start);
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ComponentInitrd]);
+}
+
+#[test]
+fn a_new_uuid_does_not_make_a_changed_image_a_first_start() {
+    let rule = "{ continuity = true }";
+    let mut world = web();
+    let from = POLICY.find("disk0 = ").unwrap() + "disk0 = ".len();
+    let to = from + POLICY[from..].find('\n').unwrap();
+    world.policy = Some(format!("{}{rule}{}", &POLICY[..from], &POLICY[to..]));
+    let appraisal = world.round();
+    assert!(appraisal.verdict.all_trusted(), "{:#?}", appraisal.verdict);
+    assert!(appraisal.verdict.notes.iter().any(|n| n.contains("for the first time")), "the operator is told");
+    stop(&mut world, 1, 50);
+    for session in [2, 3] {
+        world.start("web", 9, session, vec![image("disk0", 66, false), image("disk0/1", 6, true)]);
+        world.entries(9, session, &[ima_entry("/bin/init", 1)]);
+        let appraisal = world.round();
+        assert_eq!(vm_codes(&appraisal, "web"), [Code::ImageUnwatched], "nor does starting it once more");
+        world.stop(9, session, StopCause::GuestShutdown, vec![image("disk0", 66, false)]);
+    }
+    world.state.accept_image(vm_id(9), "disk0", digest(66));
+    world.start("web", 9, 4, vec![image("disk0", 66, false), image("disk0/1", 6, true)]);
+    world.entries(9, 4, &[ima_entry("/bin/init", 1)]);
+    assert!(world.round().verdict.all_trusted());
+}
+
+#[test]
+fn a_new_epoch_does_not_forget_what_was_found() {
+    let mut world = web();
+    stop(&mut world, 1, 50);
+    start(&mut world, 2, 66);
+    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageDiscontinuity]);
+    for number in [2, 3] {
+        let before = world.state.accepted.clone().unwrap().registers;
+        world.statement.epoch.number = number;
+        world.statement.epoch.id.0[0] = 9 + number as u8;
+        world.begin(before);
+        world.create("web", 1, 2);
+        world.log(12, Some(vm_ref(1, 2)), attach(true, 1));
+        world.guests.clear();
+        world.entries(1, 2, &[ima_entry("/bin/init", 1)]);
+        assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageDiscontinuity]);
+    }
+}
+
+#[test]
+fn what_changed_in_a_gap() {
+    let with = |images: Vec<onequote_evidence::event::Image>| {
+        let mut world = web();
+        world.log(12, Some(vm_ref(1, 1)), VmAttach { images, ..attach(true, 1) });
+        vm_codes(&world.round(), "web")
+    };
+    let (disk, base) = (image("disk0", 77, false), image("disk0/1", 6, true));
+    assert_eq!(with(vec![disk.clone(), base.clone()]), [], "the VM writes it");
+    let other = onequote_evidence::event::Image { path: "/vm/other.img".into(), ..disk.clone() };
+    assert_eq!(with(vec![other.clone(), base.clone()]), [Code::ComponentChanged]);
+    let mut world = web();
+    world.log(12, Some(vm_ref(1, 1)), VmAttach { images: vec![other, base.clone()], ..attach(true, 1) });
+    stop(&mut world, 1, 77);
+    start(&mut world, 2, 77);
+    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnwatched], "nor is it what the next start expects");
+    assert_eq!(with(vec![disk.clone(), base.clone(), image("usb0", 1, false)]), [Code::ComponentChanged]);
+    assert_eq!(with(vec![disk, image("disk0/1", 6, false)]), [Code::ComponentChanged]);
+}
+
+#[test]
+fn an_image_exchanged_in_a_running_vm_is_not_what_the_next_start_expects() {
+    let mut world = web();
+    let images = vec![image("disk0", 66, false)];
+    let change = ConfigChange { what: "image".into(), before: "a".into(), after: "b".into(), images };
+    world.log(12, Some(vm_ref(1, 1)), change);
+    assert_eq!(vm_codes(&world.round(), "web"), [Code::ConfigChange]);
+    stop(&mut world, 1, 66);
+    start(&mut world, 2, 66);
+    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnwatched]);
+}
+
+#[test]
+fn a_vm_that_a_new_proxy_has_not_looked_at() {
+    let mut world = World::with_two_vms();
+    let EventBody::ProxyStart(again) = world.records[0].events().unwrap()[0].body.clone() else { panic!() };
+    world.log(12, None, again);
+    let appraisal = world.round();
+    assert_eq!(vm_codes(&appraisal, "web"), [Code::VmUnmeasured]);
+    assert_eq!(vm_codes(&appraisal, "db"), [Code::VmUnmeasured]);
+    world.log(12, Some(vm_ref(1, 1)), attach(true, 1));
+    let appraisal = world.round();
+    assert_eq!((vm_state(&appraisal, "web"), vm_state(&appraisal, "db")), (State::Trusted, State::Untrusted));
 }
