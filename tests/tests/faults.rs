@@ -46,7 +46,10 @@ fn wait_refusal(world: &mut World, words: &[&str]) -> Result<()> {
             _ => None,
         }))
     })?;
-    words.iter().try_for_each(|word| Ok(ensure!(reason.contains(word), "the log does not say {word:?}: {reason}")))
+    for word in words {
+        ensure!(reason.contains(word), "the log does not say {word:?}: {reason}");
+    }
+    Ok(())
 }
 
 /// Another VM is let go as if nothing had happened.

@@ -38,7 +38,7 @@ impl LogView {
             "records that were written before are not there any more"
         );
         let mut reader = LogReader::new(&bytes[self.whole..], self.records.len() as u64);
-        while let Some(record) = reader.next() {
+        for record in reader.by_ref() {
             let record = match record {
                 Ok(record) => record,
                 Err(torn) if torn.is_truncated() => break,

@@ -247,7 +247,6 @@ impl Peer {
     }
 
     /// The guest. The peer waits while this is held.
-    #[must_use]
     pub fn guest(&self) -> MutexGuard<'_, Guest> {
         lock(&self.shared.guest)
     }

@@ -196,16 +196,6 @@ impl World {
         Ok(format!("https://{}", address.trim()))
     }
 
-    /// VM `name` in the proxy's `status --json`; null when it isn't there.
-    ///
-    /// # Errors
-    /// The command fails.
-    pub fn vm_status(&self, name: &str) -> Result<Value> {
-        let status = self.proxy_status()?;
-        let vms = status["vms"].as_array().map_or(&[][..], Vec::as_slice);
-        Ok(vms.iter().find(|vm| vm["name"] == name).cloned().unwrap_or_default())
-    }
-
     /// Waits until every running VM's guest is ready and the proxy has all that its guest has measured so far.
     ///
     /// # Errors
