@@ -29,6 +29,7 @@ use tracing::{error, info, warn};
 use crate::{
     attest::Attester,
     config::{Config, ConfigError},
+    folder,
     guest::{self, Listeners, Room, VmDirectory},
     identity::{Identity, IdentityError},
     inventory::Inventory,
@@ -85,7 +86,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> AppError {
 /// # Errors
 /// [`AppError`].
 pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
-    fs::create_dir_all(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
+    folder::private(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
     Identity::open(&config.state_dir, &config.host_id)?;
     // Opening a TPM without a resource manager takes its key from a proxy that runs: the log's lock says that none does.
     let _alone = FileStore::open(config.log_dir())?;
@@ -101,8 +102,9 @@ pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
 /// [`AppError`].
 pub async fn run(config: Config) -> Result<(), AppError> {
     for dir in [&config.state_dir, &config.run_dir, &config.vms_dir()] {
-        fs::create_dir_all(dir).map_err(io_error(dir.display().to_string()))?;
+        folder::private(dir).map_err(io_error(dir.display().to_string()))?;
     }
+    raise_descriptors();
     let identity = Identity::open(&config.state_dir, &config.host_id)?;
     let tls = match config.verifiers.as_slice() {
         [] => None,
@@ -190,6 +192,15 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         Some(Ok(Err(e))) => Err(e),
         Some(Err(e)) => Err(AppError::Io { what: "a task".to_owned(), error: io::Error::other(e) }),
         _ => Ok(()),
+    }
+}
+
+/// Every VM takes some descriptors (monitor, process, images, guest): as many as we may have.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        warn!(?current, "the limit of open files cannot be raised: {e}");
     }
 }
 

@@ -1,6 +1,9 @@
 //! What the proxy tells people of itself.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use onequote_evidence::{
     event::Depth,
@@ -12,6 +15,7 @@ use crate::{
     guest::Room,
     inventory::Inventory,
     log::LogHandle,
+    rate,
     vm::{Registry, SocketTrouble, Stage, UnmanagedProcess},
 };
 
@@ -40,6 +44,8 @@ pub struct Status {
     pub sockets: Vec<SocketTrouble>,
     /// QEMU processes that are not managed.
     pub unmanaged: Vec<UnmanagedProcess>,
+    /// Lines in the proxy's own log that guests and peers caused, by kind.
+    pub messages: BTreeMap<&'static str, rate::Count>,
 }
 
 /// One VM.
@@ -123,6 +129,7 @@ impl StatusSource for LiveStatus {
             vms: vms.collect(),
             sockets: live.sockets,
             unmanaged: live.unmanaged,
+            messages: rate::LOG.counts(),
         }
     }
 }

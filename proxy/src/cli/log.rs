@@ -11,6 +11,7 @@ use onequote_evidence::{
     record::Record,
 };
 
+use super::printable::printable;
 use crate::log::{LogFolder, LogRead, RecordStream, RecorderError};
 
 /// Prints the log of an epoch from its file, whether a proxy runs or not. A damaged log is printed up to the damage.
@@ -56,7 +57,7 @@ fn write_text(record: &Record, out: &mut dyn Write) -> io::Result<()> {
 fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
     let vm = event.vm.map(|vm| format!("  {} session {}", vm.vm, vm.session)).unwrap_or_default();
     writeln!(out, "        {}  {}{vm}", utc(event.time.0), event.body.kind())?;
-    let mut line = |text: String| writeln!(out, "            {text}");
+    let mut line = |text: String| writeln!(out, "            {}", printable(&text));
     match &event.body {
         EventBody::ProxyStart(b) => {
             line(format!("host {} epoch {} version {} TPM resets {}", b.host, b.epoch.number, b.version, b.reset_count))

@@ -1,6 +1,7 @@
 //! The command line: what people ask of the proxy, and what it prints.
 
 mod log;
+mod printable;
 mod status;
 
 use std::{io, path::PathBuf};

@@ -7,6 +7,7 @@ use std::{
 
 use serde_json::Value;
 
+use super::printable::printable;
 use crate::serve::ask;
 
 /// Prints what the running proxy watches.
@@ -21,7 +22,7 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
     }
     let text = |v: &Value| match v {
         Value::Null => "–".to_owned(),
-        Value::String(s) => s.clone(),
+        Value::String(s) => printable(s).into_owned(),
         other => other.to_string(),
     };
     writeln!(out, "host     {}", text(&status["host"]))?;
@@ -31,7 +32,7 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
     writeln!(out, "log      epoch {}, {} records", text(&status["epoch"]["number"]), text(&status["log_len"]))?;
     for (heading, key) in [("log or TPM fails", "failure"), ("monitor sockets in trouble", "sockets")] {
         match &status[key] {
-            Value::String(why) => writeln!(out, "\n{heading}: {why}")?,
+            Value::String(why) => writeln!(out, "\n{heading}: {}", printable(why))?,
             Value::Array(list) if !list.is_empty() => {
                 writeln!(out, "\n{heading}:")?;
                 for item in list {
@@ -54,7 +55,7 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
             text(&vm["entries"])
         )?;
         if let Some(error) = vm["error"].as_str() {
-            writeln!(out, "    {error}")?;
+            writeln!(out, "    {}", printable(error))?;
         }
     }
     for process in status["unmanaged"].as_array().into_iter().flatten() {

@@ -33,7 +33,8 @@ pub(super) struct GuestList {
     pub(super) logged: Aggregate,
     /// Whether and why nothing more is taken.
     pub(super) closed: Option<Closed>,
-    file: File,
+    /// Not kept open: a guest decides how many lists it begins.
+    path: PathBuf,
     /// References that are in the file.
     saved: usize,
 }
@@ -53,7 +54,8 @@ impl GuestList {
     /// # Errors
     /// Of the file system.
     pub(super) fn create(folder: &Path, vm: &VmRef, boot: u32, boot_id: BootId, hash_size: u32) -> io::Result<Self> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(file_name(folder, vm, boot))?;
+        let path = file_name(folder, vm, boot);
+        File::create(&path)?;
         Ok(Self {
             boot,
             boot_id,
@@ -62,7 +64,7 @@ impl GuestList {
             received: Aggregate::EMPTY,
             logged: Aggregate::EMPTY,
             closed: None,
-            file,
+            path,
             saved: 0,
         })
     }
@@ -73,7 +75,7 @@ impl GuestList {
     /// Of the file system, but a missing or short file is a damaged list.
     pub(super) fn load(folder: &Path, vm: &VmRef, logged: &LoggedBoot, dictionary: &Dictionary) -> io::Result<Self> {
         let path = file_name(folder, vm, logged.boot);
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
         let mut bytes = Vec::new();
         (&mut file).take(logged.count.saturating_mul(4)).read_to_end(&mut bytes)?;
         let refs: Vec<u32> = bytes.as_chunks().0.iter().map(|c| u32::from_le_bytes(*c)).collect();
@@ -96,7 +98,7 @@ impl GuestList {
             received,
             logged: expected,
             closed: if damaged { Some(Closed::Damaged) } else { logged.closed.then_some(Closed::ByGuest) },
-            file,
+            path,
         })
     }
 
@@ -109,9 +111,10 @@ impl GuestList {
             return Ok(());
         }
         let bytes: Vec<u8> = self.refs[self.saved..].iter().flat_map(|id| id.to_le_bytes()).collect();
-        self.file.seek(SeekFrom::Start(self.saved as u64 * 4))?;
-        self.file.write_all(&bytes)?;
-        self.file.sync_data()?;
+        let mut file = OpenOptions::new().write(true).open(&self.path)?;
+        file.seek(SeekFrom::Start(self.saved as u64 * 4))?;
+        file.write_all(&bytes)?;
+        file.sync_data()?;
         self.saved = self.refs.len();
         Ok(())
     }

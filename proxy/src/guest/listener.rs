@@ -14,9 +14,9 @@ use std::{
 use onequote_evidence::event::VmRef;
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
-use tracing::{debug, info, warn};
 
 use super::{protocol, room::Room};
+use crate::rate::{Kind, limited};
 
 /// Who the VM at the other end is. Answers from the live registry, so that a CID or name that was another VM's
 /// before is never taken for it.
@@ -55,7 +55,15 @@ impl Listeners {
                 match listener.accept().await {
                     Ok((stream, peer)) => match directory.by_cid(peer.cid()) {
                         Some(vm) => connection(&room, vm, stream),
-                        None => debug!(cid = peer.cid(), "a connection from a CID that no managed VM has"),
+                        None => {
+                            let cid = peer.cid();
+                            limited!(
+                                Kind::GuestTurnedAway,
+                                info,
+                                cid,
+                                "a connection from a CID that no managed VM has"
+                            );
+                        }
                     },
                     Err(e) => accept_failed(&e).await,
                 }
@@ -84,7 +92,14 @@ impl Listeners {
                 match listener.accept().await {
                     Ok((stream, _)) => match directory.by_name(&owned) {
                         Some(vm) => connection(&room, vm, stream),
-                        None => debug!(vm = owned, "a connection for a VM that does not run"),
+                        None => {
+                            limited!(
+                                Kind::GuestTurnedAway,
+                                info,
+                                vm = owned,
+                                "a connection for a VM that does not run"
+                            );
+                        }
                     },
                     Err(e) => accept_failed(&e).await,
                 }
@@ -113,15 +128,19 @@ fn connection<S>(room: &Arc<Room>, vm: VmRef, stream: S)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
+    let Some(place) = room.admit(vm) else {
+        return limited!(Kind::GuestTurnedAway, warn, vm = %vm.vm, "a guest has too many connections; one more is closed");
+    };
     let room = Arc::clone(room);
     tokio::spawn(async move {
         let why = protocol::serve(&room, vm, stream).await;
-        info!(vm = %vm.vm, "guest: {why}");
+        drop(place);
+        limited!(Kind::GuestConnection, info, vm = %vm.vm, "guest: {why}");
     });
 }
 
 /// Out of descriptors, most likely: waiting is all that helps.
 async fn accept_failed(e: &io::Error) {
-    warn!("cannot accept a guest's connection: {e}");
+    limited!(Kind::Accept, warn, "cannot accept a guest's connection: {e}");
     tokio::time::sleep(Duration::from_millis(200)).await;
 }

@@ -29,6 +29,10 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 pub struct Limits {
     /// Boots of one session.
     pub boots: u32,
+    /// Records with entries that one session may cause as fast as it can; every entry could be one. Then its entries
+    /// are held back for two seconds, or until the next quote, so that no guest makes the log, which every evidence
+    /// carries, too large to be sent.
+    pub records: u32,
     /// Entries of all boots of one session.
     pub entries: u64,
     /// Bytes of entries that no guest had before, of all boots of one session.
@@ -43,6 +47,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             boots: 256,
+            records: 1024,
             entries: 1_000_000,
             bytes: 48 * 1024 * 1024,
             host_entries: 10_000_000,
@@ -163,9 +168,34 @@ pub struct Lists {
     pub lists: Vec<(VmRef, u32, Vec<u32>)>,
 }
 
+/// Connections that one VM may have at a time: the one that counts, and some that are beginning or ending.
+const CONNECTIONS: usize = 8;
+
+/// How much longer than for the guests themselves a collection waits until what came is in the log.
+const LOGGING: Duration = Duration::from_secs(10);
+
+/// A connection's place among those of its VM.
+pub(super) struct Place {
+    room: Arc<Room>,
+    vm: VmRef,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut connections = lock(&self.room.connections);
+        if let Some(count) = connections.get_mut(&self.vm) {
+            *count -= 1;
+            if *count == 0 {
+                connections.remove(&self.vm);
+            }
+        }
+    }
+}
+
 /// The room.
 pub struct Room {
     jobs: mpsc::Sender<Job>,
+    connections: Mutex<HashMap<VmRef, usize>>,
     contacts: Mutex<HashMap<VmRef, Instant>>,
     collecting: Mutex<Option<Collecting>>,
     next_collect: AtomicU64,
@@ -179,7 +209,20 @@ struct Collecting {
 
 impl Room {
     pub(super) fn new(jobs: mpsc::Sender<Job>) -> Self {
-        Self { jobs, contacts: Mutex::default(), collecting: Mutex::default(), next_collect: AtomicU64::new(1) }
+        let (connections, contacts, collecting) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { jobs, connections, contacts, collecting, next_collect: AtomicU64::new(1) }
+    }
+
+    /// A place for one more connection of a VM; none when it has too many already, so that a guest cannot use up
+    /// descriptors that others need.
+    pub(super) fn admit(self: &Arc<Self>, vm: VmRef) -> Option<Place> {
+        let mut connections = lock(&self.connections);
+        let count = connections.entry(vm).or_default();
+        if *count >= CONNECTIONS {
+            return None;
+        }
+        *count += 1;
+        Some(Place { room: Arc::clone(self), vm })
     }
 
     /// A shim connected. Gives what the host holds of this boot's list, and where requests to collect come from.
@@ -271,7 +314,8 @@ impl Room {
         if let Some(collecting) = lock(&self.collecting).take() {
             late.extend(collecting.waiting);
         }
-        let _ = self.ask(Job::Flush).await;
+        // Where log or TPM do not work, the quote fails by itself and says why.
+        let _ = tokio::time::timeout(wait + LOGGING, self.ask(Job::Flush)).await;
         late
     }
 

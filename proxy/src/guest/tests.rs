@@ -398,3 +398,42 @@ fn the_hosts_limits_cut_off_only_those_over_their_share() {
     assert_eq!(limits.exceeded(bytes(25), bytes(190), 4), None);
     assert!(limits.exceeded(bytes(26), bytes(190), 4).is_some());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_trickles_does_not_fill_the_log() {
+    let lab = Lab::new().restart(Limits { records: 2, ..Limits::default() });
+    let mut shim = lab.connect(vm(1));
+    shim.resume(7).await;
+    let records = || lab.kinds().iter().filter(|kind| *kind == "guest-entries").count();
+    for n in 0..6 {
+        shim.entries(u64::from(n), &entries(n..n + 1)).await;
+        if records() < 2 {
+            let logged = n as usize + 1;
+            tokio::time::timeout(Duration::from_secs(10), async {
+                while records() < logged {
+                    tokio::task::yield_now().await;
+                }
+            })
+            .await
+            .unwrap();
+        }
+    }
+    assert_eq!(records(), 2, "one record an entry, until there were too many");
+    // A quote shows all that came, in one more record; and what nobody asks for comes a little later.
+    shim.end().await;
+    assert_eq!(lab.list(vm(1), 0).await, (6, entries(0..6).concat()));
+    assert!(records() <= 4, "{:?}", lab.kinds());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_has_few_connections() {
+    let lab = Lab::new();
+    let mut places = Vec::new();
+    while let Some(place) = lab.room.admit(vm(1)) {
+        places.push(place);
+        assert!(places.len() < 100);
+    }
+    assert!(lab.room.admit(vm(2)).is_some(), "one guest does not keep another out");
+    places.pop();
+    assert!(lab.room.admit(vm(1)).is_some());
+}

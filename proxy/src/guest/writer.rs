@@ -13,7 +13,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use onequote_evidence::{
@@ -22,14 +22,18 @@ use onequote_evidence::{
     ima::{Aggregate, ListReader},
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     dictionary::Dictionary,
     list::{Closed, GuestList},
     room::{Brought, Job, Limits, Lists, RoomError, Token},
 };
-use crate::{inventory::Inventory, sink::EventSink};
+use crate::{
+    inventory::Inventory,
+    rate::{Bucket, Kind, limited},
+    sink::EventSink,
+};
 
 /// Jobs taken into one batch.
 const BATCH: usize = 1024;
@@ -40,6 +44,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Connections of one session that are logged; later ones are only counted, so that a guest that connects over and
 /// over cannot fill the log. Every new boot is logged.
 const LOGGED_CONNECTIONS: u32 = 64;
+
+/// How long it takes until a session that has used up [`Limits::records`] may cause one more.
+const RECORDS_REFILL: Duration = Duration::from_secs(2);
 
 pub(super) struct Writer {
     folder: PathBuf,
@@ -53,17 +60,33 @@ pub(super) struct Writer {
     brought: Brought,
     /// Events that are not in the log yet and cannot be computed from the lists.
     events: Vec<Event>,
-    permits: Vec<OwnedSemaphorePermit>,
+    permits: Vec<(VmRef, OwnedSemaphorePermit)>,
+    /// Sessions whose entries are held back a little: they have made too many records.
+    held_back: HashSet<VmRef>,
     flushes: Vec<oneshot::Sender<()>>,
 }
 
-#[derive(Default)]
 struct Session {
+    /// One token for each record with entries of this session, those for a quote apart.
+    records: Bucket,
     lists: Vec<GuestList>,
     brought: Brought,
     generation: u64,
     connections: u32,
     collect: Option<mpsc::Sender<u64>>,
+}
+
+impl Session {
+    fn new(records: u32) -> Self {
+        Self {
+            records: Bucket::new(records, RECORDS_REFILL, Instant::now()),
+            lists: Vec::new(),
+            brought: Brought::default(),
+            generation: 0,
+            connections: 0,
+            collect: None,
+        }
+    }
 }
 
 impl Writer {
@@ -81,7 +104,7 @@ impl Writer {
         let mut brought = Brought::default();
         let mut seen = HashSet::new();
         for (vm, logged) in read(&inventory).vms() {
-            let mut session = Session::default();
+            let mut session = Session::new(limits.records);
             for boot in &logged.boots {
                 let list = GuestList::load(&folder, vm, boot, &dictionary)?;
                 if list.closed == Some(Closed::Damaged) {
@@ -108,6 +131,7 @@ impl Writer {
             brought,
             events: Vec::new(),
             permits: Vec::new(),
+            held_back: HashSet::new(),
             flushes: Vec::new(),
         })
     }
@@ -115,7 +139,7 @@ impl Writer {
     pub(super) async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         let mut failed = false;
         loop {
-            let job = if failed {
+            let job = if failed || !self.held_back.is_empty() {
                 match tokio::time::timeout(RETRY, jobs.recv()).await {
                     Ok(Some(job)) => Some(job),
                     Ok(None) => return,
@@ -152,7 +176,7 @@ impl Writer {
             Job::Rewound { token, claimed, boot_id } => self.rewound(&token, claimed, boot_id),
             Job::Entries { token, first, count, bytes, permit, reply } => {
                 let taken = self.entries(&token, first, count, &bytes.0);
-                self.permits.push(permit);
+                self.permits.push((token.vm, permit));
                 let _ = reply.send(taken);
             }
             Job::Lost { token, reason } => self.lost(&token, reason),
@@ -184,7 +208,8 @@ impl Writer {
             Some(logged) if logged.measured => (logged.may_reboot, logged.name.clone()),
             _ => return Err(RoomError::UnknownVm),
         };
-        let session = self.sessions.entry(vm).or_default();
+        let records = self.limits.records;
+        let session = self.sessions.entry(vm).or_insert_with(|| Session::new(records));
         let (new, boot) = match session.lists.last() {
             None => (true, 0),
             Some(last) if last.boot_id == boot_id => (false, last.boot),
@@ -225,7 +250,7 @@ impl Writer {
             let body = GuestHello { boot, boot_id, hash_size, count: have.count };
             self.event(vm, body.into());
         }
-        info!(vm = %name, boot, have = have.count, "guest connected");
+        limited!(Kind::GuestConnection, info, vm = %name, boot, have = have.count, "guest connected");
         Ok((token, have))
     }
 
@@ -281,7 +306,7 @@ impl Writer {
             claimed: claimed.1,
             boot_id,
         };
-        warn!(vm = %token.vm.vm, boot = token.boot, "a guest claims another past than it told before");
+        limited!(Kind::GuestMisbehaves, warn, vm = %token.vm.vm, boot = token.boot, "a guest claims another past than it told before");
         self.event(token.vm, body.into());
     }
 
@@ -290,7 +315,7 @@ impl Writer {
         let body = GuestLost { boot: token.boot, count: list.received.count, reason };
         let Some(session) = self.sessions.get_mut(&token.vm) else { return };
         session.collect = None;
-        info!(vm = %token.vm.vm, boot = token.boot, reason = body.reason, "guest connection lost");
+        limited!(Kind::GuestConnection, info, vm = %token.vm.vm, boot = token.boot, reason = body.reason, "guest connection lost");
         if session.connections <= LOGGED_CONNECTIONS {
             self.event(token.vm, body.into());
         }
@@ -333,7 +358,7 @@ impl Writer {
             self.sink.append(events).await?;
         }
         self.events.clear();
-        self.permits.clear();
+        self.permits.retain(|(vm, _)| self.held_back.contains(vm));
         for flush in self.flushes.drain(..) {
             let _ = flush.send(());
         }
@@ -343,6 +368,8 @@ impl Writer {
     /// What the log does not have yet: kept events, each list's new entries after its hello and before its end.
     fn due(&mut self) -> Vec<Event> {
         let inventory = read(&self.inventory);
+        let (now, wanted) = (Instant::now(), !self.flushes.is_empty());
+        self.held_back.clear();
         let closed = |event: &&Event| {
             matches!(event.body, EventBody::GuestRewind(_) | EventBody::GuestOverflow(_) | EventBody::GuestLost(_))
         };
@@ -360,6 +387,15 @@ impl Writer {
         let mut events: Vec<Event> = self.events.iter().filter(|e| !closed(e)).cloned().collect();
         for (vm, session) in &mut self.sessions {
             let boots = inventory.vm(vm).map(|vm| vm.boots.as_slice()).unwrap_or_default();
+            let new = session.lists.iter().filter(|list| list.closed != Some(Closed::Damaged)).any(|list| {
+                let logged = boots.iter().find(|b| b.boot == list.boot).map_or(0, |b| b.count);
+                list.received.count > logged
+            });
+            let ends = self.events.iter().any(|event| event.vm == Some(*vm) && closed(&event));
+            if new && !session.records.take(now) && !wanted && !ends && inventory.vm(vm).is_some() {
+                self.held_back.insert(*vm);
+                continue;
+            }
             for list in session.lists.iter_mut().filter(|list| list.closed != Some(Closed::Damaged)) {
                 let logged = boots.iter().find(|b| b.boot == list.boot);
                 list.logged = logged

@@ -8,6 +8,7 @@
 //! The Unix socket, for root only, has `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
 
 mod admin;
+mod patience;
 mod tls;
 
 use std::{net::SocketAddr, sync::Arc};
@@ -22,12 +23,15 @@ use axum::{
 };
 use onequote_evidence::{id::Nonce, stream::MEDIA_TYPE};
 use serde::Deserialize;
-use tracing::{info, warn};
 
 pub use admin::{ask, serve_admin};
 pub use tls::{Peer, TlsListener};
 
-use crate::{attest::AttestHandle, status::StatusSource};
+use crate::{
+    attest::AttestHandle,
+    rate::{Kind, limited},
+    status::StatusSource,
+};
 
 /// What the handlers need.
 #[derive(Clone)]
@@ -65,11 +69,11 @@ async fn evidence(
 ) -> Response {
     match doors.attest.challenge(request.nonce, peer.binding.clone()).await {
         Ok(stream) => {
-            info!(verifier = %peer.verifier, bytes = stream.len(), "answered a challenge");
+            limited!(Kind::Answered, info, verifier = %peer.verifier, bytes = stream.len(), "answered a challenge");
             ([(header::CONTENT_TYPE, MEDIA_TYPE)], Body::from(stream)).into_response()
         }
         Err(e) => {
-            warn!(verifier = %peer.verifier, "cannot answer a challenge: {e}");
+            limited!(Kind::Unanswered, warn, verifier = %peer.verifier, "cannot answer a challenge: {e}");
             (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({"error": e.to_string()}))).into_response()
         }
     }

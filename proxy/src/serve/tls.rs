@@ -1,6 +1,13 @@
 //! A TLS listener for axum whose connections know who is at the other end.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     extract::connect_info::Connected,
@@ -13,13 +20,25 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tracing::debug;
+
+use super::patience::Patience;
+use crate::rate::{Kind, limited};
 
 /// Time for a handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Handshakes at a time. More clients wait in the kernel's queue.
-const HANDSHAKES: usize = 256;
+const HANDSHAKES: usize = 512;
+
+/// Handshakes at a time from one address, our own host's apart. More are closed: a client that begins handshakes and
+/// leaves them must not keep the others out.
+const HANDSHAKES_OF_ONE: usize = 32;
+
+/// Connections of one verifier. More are closed.
+const CONNECTIONS: usize = 1024;
+
+/// A connection on which nothing moves for so long is closed. Longer than any quote takes.
+const IDLE: Duration = Duration::from_secs(120);
 
 /// Label of the TLS exporter for channel bindings (RFC 9266 section 4.2).
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
@@ -35,10 +54,76 @@ pub struct Peer {
     pub address: SocketAddr,
 }
 
+/// A verifier's connection, and its place among those of the same verifier.
+type Connection = Patience<TlsStream<TcpStream>, Place<Arc<str>>>;
+
+/// How many there are by key.
+#[derive(Debug)]
+struct Places<K> {
+    taken: Mutex<HashMap<K, usize>>,
+    limit: usize,
+}
+
+/// One of them. Gives itself back.
+#[derive(Debug)]
+pub struct Place<K: Eq + Hash> {
+    places: Arc<Places<K>>,
+    key: K,
+}
+
+impl<K: Eq + Hash + Clone> Places<K> {
+    fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { taken: Mutex::default(), limit })
+    }
+
+    fn take(self: &Arc<Self>, key: K) -> Option<Place<K>> {
+        let mut taken = self.lock();
+        let count = taken.entry(key.clone()).or_default();
+        if *count >= self.limit {
+            return None;
+        }
+        *count += 1;
+        Some(Place { places: Arc::clone(self), key })
+    }
+}
+
+impl<K> Places<K> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, usize>> {
+        // Nothing in here can panic between two changes that belong together.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Eq + Hash> Drop for Place<K> {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        if let Some(count) = taken.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.key);
+            }
+        }
+    }
+}
+
+/// Who counts as one client before it has said who it is: an IPv4 address, or the /64 of an IPv6 address. None on
+/// this host.
+fn origin(address: IpAddr) -> Option<IpAddr> {
+    let address = address.to_canonical();
+    match address {
+        _ if address.is_loopback() => None,
+        IpAddr::V4(_) => Some(address),
+        IpAddr::V6(v6) => {
+            let s = v6.segments();
+            Some(Ipv6Addr::new(s[0], s[1], s[2], s[3], 0, 0, 0, 0).into())
+        }
+    }
+}
+
 /// Accepts TCP connections and gives those whose handshake succeeded. Handshakes run side by side, so that a slow
 /// client holds up nobody.
 pub struct TlsListener {
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, Peer)>,
+    ready: mpsc::Receiver<(Connection, Peer)>,
     address: SocketAddr,
 }
 
@@ -72,30 +157,48 @@ async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     known: Arc<Vec<(String, Vec<u8>)>>,
-    done: mpsc::Sender<(TlsStream<TcpStream>, Peer)>,
+    done: mpsc::Sender<(Connection, Peer)>,
 ) {
     let slots = Arc::new(Semaphore::new(HANDSHAKES));
+    let (origins, verifiers) = (Places::new(HANDSHAKES_OF_ONE), Places::<Arc<str>>::new(CONNECTIONS));
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(e) => {
-                debug!("cannot accept a connection: {e}");
+                limited!(Kind::Accept, warn, "cannot accept a connection: {e}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let (acceptor, known, done) = (acceptor.clone(), Arc::clone(&known), done.clone());
+        let place = match origin(address.ip()) {
+            None => None,
+            Some(origin) => match origins.take(origin) {
+                Some(place) => Some(place),
+                None => {
+                    limited!(Kind::Handshake, warn, %address, "too many handshakes from one address; one is closed");
+                    continue;
+                }
+            },
+        };
+        let (acceptor, known, done, verifiers) =
+            (acceptor.clone(), Arc::clone(&known), done.clone(), verifiers.clone());
         tokio::spawn(async move {
-            let _slot = slot;
-            match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => match peer(&stream, address, &known) {
-                    Some(peer) => drop(done.send((stream, peer)).await),
-                    None => debug!(%address, "a client without a known certificate"),
-                },
-                Ok(Err(e)) => debug!(%address, "TLS handshake failed: {e}"),
-                Err(_) => debug!(%address, "TLS handshake took too long"),
-            }
+            let _held = (slot, place);
+            let stream = match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(e)) => return limited!(Kind::Handshake, info, %address, "TLS handshake failed: {e}"),
+                Err(_) => return limited!(Kind::Handshake, info, %address, "TLS handshake took too long"),
+            };
+            let Some(peer) = peer(&stream, address, &known) else {
+                return limited!(Kind::Handshake, warn, %address, "a client without a known certificate");
+            };
+            let Some(place) = verifiers.take(Arc::clone(&peer.verifier)) else {
+                let verifier = &peer.verifier;
+                return limited!(Kind::Handshake, warn, %address, %verifier, "a verifier has too many connections");
+            };
+            // When nobody takes it, the proxy is ending.
+            let _ = done.send((Patience::new(stream, IDLE, place), peer)).await;
         });
     }
 }
@@ -110,7 +213,7 @@ fn peer(stream: &TlsStream<TcpStream>, address: SocketAddr, known: &[(String, Ve
 }
 
 impl Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
+    type Io = Connection;
     type Addr = Peer;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
@@ -129,5 +232,33 @@ impl Listener for TlsListener {
 impl Connected<IncomingStream<'_, TlsListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, TlsListener>) -> Self {
         stream.remote_addr().clone()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_counted_by_key_and_given_back() {
+        let places = Places::new(2);
+        let (a, b) = (places.take("x").unwrap(), places.take("x").unwrap());
+        assert!(places.take("x").is_none());
+        assert!(places.take("y").is_some(), "one key does not keep another out");
+        drop(a);
+        assert!(places.take("x").is_some());
+        drop(b);
+        assert!(places.lock().is_empty());
+    }
+
+    #[test]
+    fn clients_by_address() {
+        let of = |text: &str| origin(text.parse().unwrap()).map(|o| o.to_string());
+        assert_eq!(of("127.0.0.1"), None);
+        assert_eq!(of("::ffff:127.0.0.1"), None);
+        assert_eq!(of("192.0.2.7").as_deref(), Some("192.0.2.7"));
+        assert_eq!(of("2001:db8:1:2:3:4:5:6"), of("2001:db8:1:2::1"));
+        assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
     }
 }

@@ -30,6 +30,7 @@ use crate::{
     inventory::Inventory,
     measure::{self, Digester, MeasureError, Process},
     qmp::{self, Qmp},
+    rate::Bucket,
     sink::EventSink,
 };
 
@@ -137,6 +138,7 @@ impl Manager {
             watch,
             seen: HashMap::new(),
             told: HashSet::new(),
+            telling: Bucket::new(256, Duration::from_secs(10), Instant::now()),
             tasks: JoinSet::new(),
             started: Instant::now(),
         };
@@ -173,6 +175,8 @@ struct Keeper {
     seen: HashMap<PathBuf, SocketId>,
     /// Unmanaged processes that are in the log.
     told: HashSet<UnmanagedProcess>,
+    /// How many may be logged: any user of the host can make some. The statement names them all.
+    telling: Bucket,
     tasks: JoinSet<()>,
     started: Instant,
 }
@@ -266,7 +270,8 @@ impl Keeper {
         };
         self.env.registry.set_unmanaged(found.clone());
         self.told.retain(|p| found.contains(p));
-        let new: Vec<_> = found.into_iter().filter(|p| !self.told.contains(p)).collect();
+        let (now, rate) = (Instant::now(), &mut self.telling);
+        let new: Vec<_> = found.into_iter().filter(|p| !self.told.contains(p)).take_while(|_| rate.take(now)).collect();
         if new.is_empty() {
             return;
         }

@@ -1,6 +1,10 @@
 //! One session: a QEMU process from when its monitor answers until it has ended and its stop is logged.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use onequote_evidence::{
     event::{ConfigChange, Depth, GapReason, Image, LogGap, StopCause, VmPause, VmRef, VmReset, VmResume, VmStop},
@@ -20,10 +24,18 @@ use super::{
 use crate::{
     measure::{BlockGraph, Kept, Leaf, MeasureError, Process, VmMeter},
     qmp::{self, Events, Qmp, QmpError},
+    rate::Bucket,
 };
 
 /// Events that wait to be logged. With more, QEMU's events are left waiting.
 const MAX_PENDING: usize = 1024;
+
+/// Resets of one session that are logged as fast as they come. Firmware makes two or three of one of the guest's; the
+/// boots that a guest may make in one session are far fewer.
+const RESETS: u32 = 1024;
+
+/// How long it takes until one more is logged.
+const RESETS_REFILL: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to tell its run state when it just changed.
 const STATE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,6 +68,10 @@ pub(super) struct Session {
     /// Images that the log has from before a restart of the proxy, in case they cannot be measured any more.
     expected: Vec<Image>,
     recheck: bool,
+    /// A guest can reset itself as often as it likes: what of that is logged.
+    resets: Bucket,
+    last_reset: Option<VmReset>,
+    unlogged_resets: u64,
     _met: Met,
 }
 
@@ -95,6 +111,9 @@ impl Session {
             cause: None,
             expected: Vec::new(),
             recheck: false,
+            resets: Bucket::new(RESETS, RESETS_REFILL, Instant::now()),
+            last_reset: None,
+            unlogged_resets: 0,
             _met: met,
         })
     }
@@ -125,6 +144,9 @@ impl Session {
                     break;
                 }
                 _ = tick.tick() => {
+                    if let Some(reset) = self.last_reset.take() {
+                        self.reset(reset);
+                    }
                     self.flush().await;
                     self.recheck = true;
                 }
@@ -177,7 +199,7 @@ impl Session {
                 self.env.registry.tell(self.vm, NoticeKind::Reset);
                 let reason = serde_json::to_value(data.reason).ok();
                 let reason = reason.and_then(|r| r.as_str().map(str::to_owned)).unwrap_or_default();
-                self.log(VmReset { by_guest: data.guest, reason });
+                self.reset(VmReset { by_guest: data.guest, reason });
             }
             Known::SHUTDOWN { data, .. } => {
                 self.cause = Some(if data.guest { StopCause::GuestShutdown } else { StopCause::HostShutdown });
@@ -189,6 +211,23 @@ impl Session {
             | Known::VSERPORT_CHANGE { .. }
             | Known::BLOCK_IO_ERROR { .. } => {}
             _ => self.recheck = true,
+        }
+    }
+
+    /// Logs a reset, or counts it when there were too many: it is then logged with the next one that is, at the latest
+    /// when the configuration is compared.
+    fn reset(&mut self, reset: VmReset) {
+        if self.resets.take(Instant::now()) {
+            let VmReset { by_guest, reason } = reset;
+            let kept = u64::from(self.last_reset.take().is_some());
+            let reason = match std::mem::take(&mut self.unlogged_resets) + kept {
+                0 => reason,
+                n => format!("{reason}, and {n} resets before that were not logged one by one"),
+            };
+            self.log(VmReset { by_guest, reason });
+        } else {
+            // The one that is kept is counted when it is replaced.
+            self.unlogged_resets += u64::from(self.last_reset.replace(reset).is_some());
         }
     }
 

@@ -1,10 +1,23 @@
 //! Finding VMs that nobody told the proxy about.
 
-use std::{collections::HashSet, fs, io, path::Path, time::Duration};
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::Path,
+    time::Duration,
+};
 
 use serde::Serialize;
 
 use crate::measure::process;
+
+/// The device `/dev/kvm`: 10, 232 (Linux `Documentation/admin-guide/devices.txt`).
+const KVM: u64 = 10 << 8 | 232;
+
+/// Processes that are named. One is enough to say that the host is not complete; with no bound, any user of the host
+/// could fill the log.
+const MAX_FOUND: usize = 256;
 
 /// How the host is searched.
 #[derive(Debug, Clone)]
@@ -34,7 +47,8 @@ pub struct UnmanagedProcess {
     pub arguments: String,
 }
 
-/// Looks at every process: its program's name begins with `qemu-system` or is `qemu-kvm`, or it holds `/dev/kvm`.
+/// Looks at every process: its program's name begins with `qemu-system` or `qemu-kvm`, or it holds `/dev/kvm` or a VM
+/// made by it.
 /// Processes that may not be looked at are passed over: run the proxy with the rights to see them.
 pub(super) fn find(managed: &HashSet<u32>, older_than: Duration) -> io::Result<Vec<UnmanagedProcess>> {
     let now = process::uptime()?;
@@ -59,6 +73,7 @@ pub(super) fn find(managed: &HashSet<u32>, older_than: Duration) -> io::Result<V
         }
     }
     found.sort_by_key(|p| p.pid);
+    found.truncate(MAX_FOUND);
     Ok(found)
 }
 
@@ -70,7 +85,16 @@ fn looks_like_vm(proc: &Path) -> bool {
 
 fn holds_kvm(fds: &Path) -> bool {
     let Ok(entries) = fs::read_dir(fds) else { return false };
-    entries.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/kvm")))
+    entries.flatten().map(|fd| fd.path()).any(|fd| {
+        fs::read_link(&fd).is_ok_and(|to| names_kvm(&to))
+            || fs::metadata(&fd).is_ok_and(|m| m.file_type().is_char_device() && m.rdev() == KVM)
+    })
+}
+
+/// Whether a descriptor is one of KVM's. The device itself can be closed once the VM is made, and can have any name;
+/// the VM and its CPUs are without a name in the file system.
+fn names_kvm(to: &Path) -> bool {
+    to == Path::new("/dev/kvm") || to.to_str().is_some_and(|to| to.starts_with("anon_inode:kvm-v"))
 }
 
 fn cut(text: &str) -> String {
@@ -79,4 +103,21 @@ fn cut(text: &str) -> String {
         end -= 1;
     }
     text[..end].to_owned()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_of_kvm() {
+        for name in ["/dev/kvm", "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu"] {
+            assert!(names_kvm(Path::new(name)), "{name}");
+        }
+        for name in ["/dev/kvmalloc", "anon_inode:[eventfd]", "/tmp/anon_inode:kvm-vm"] {
+            assert!(!names_kvm(Path::new(name)), "{name}");
+        }
+        assert!(!holds_kvm(Path::new("/proc/self/fd")));
+    }
 }
