@@ -27,7 +27,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    attest::Attester,
+    attest::{Attester, Processes},
     config::{Config, ConfigError},
     folder,
     guest::{self, Listeners, Room, VmDirectory},
@@ -147,13 +147,13 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     listen_vsock(&listeners, config.guest.vsock)?;
     tasks.spawn(follow(registry.clone(), Arc::clone(&room), config.guest.unix.then_some(listeners)));
 
-    let unmanaged = registry.clone();
+    let processes = registry.clone();
     let attest = Attester {
         host: config.host_id.clone(),
         log: log.clone(),
         inventory: Arc::clone(&inventory),
         room: Arc::clone(&room),
-        unmanaged: Arc::new(move || unmanaged_now(&unmanaged)),
+        processes: Arc::new(move || processes_now(&processes)),
         wait: config.collect_wait(),
         clock: now,
         firmware_log: config.host.firmware_log.clone(),
@@ -165,6 +165,11 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let doors = Doors { attest, status };
     let admin = (config.admin_socket(), doors.clone());
     tasks.spawn(async move { serve_admin(&admin.0, admin.1).await.map_err(io_error("the proxy's own socket")) });
+    // Nobody is answered before it is known which VMs there are: a host must not look complete because it was asked early.
+    tokio::select! {
+        () = async { manager.settled().await; manager.scan().await } => {}
+        told = told_to_end() => return told,
+    }
     match tls {
         Some((tls, known)) => {
             let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
@@ -277,6 +282,9 @@ fn listen_vsock(listeners: &Listeners, wanted: Option<bool>) -> Result<(), AppEr
     match listeners.listen_vsock() {
         Ok(_) => info!("guests are heard on AF_VSOCK"),
         Err(error) if wanted == Some(true) => return Err(io_error("AF_VSOCK")(error)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            warn!("guests are not heard on AF_VSOCK: its port is taken; is another proxy running?");
+        }
         Err(error) => info!("guests are not heard on AF_VSOCK: {error}"),
     }
     Ok(())
@@ -335,9 +343,14 @@ async fn told_to_end() -> Result<(), AppError> {
     Ok(())
 }
 
-fn unmanaged_now(registry: &Registry) -> Vec<Unmanaged> {
-    let processes = registry.snapshot().unmanaged;
-    processes.into_iter().map(|p| Unmanaged { pid: p.pid, program: p.program }).collect()
+fn processes_now(registry: &Registry) -> Processes {
+    let snapshot = registry.snapshot();
+    let unmanaged = snapshot.unmanaged.into_iter().map(|p| Unmanaged { pid: p.pid, program: p.program });
+    // One that waits for us has not begun; one that ends is out of the log a moment before it is out of the registry.
+    let runs = |vm: &LiveVm| vm.run_state != "prelaunch" && vm.stage != Stage::Ending;
+    let running = snapshot.vms.into_iter().filter(runs);
+    let process = |vm: LiveVm| (vm.vm, Unmanaged { pid: vm.pid, program: format!("{} (not in the log)", vm.name) });
+    Processes { unmanaged: unmanaged.collect(), running: running.map(process).collect() }
 }
 
 fn boot_id() -> Result<BootId, AppError> {

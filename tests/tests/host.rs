@@ -48,7 +48,12 @@ fn vm_without_a_monitor_is_found_and_the_host_is_untrusted() {
             let found = world.verdict()?;
             Ok(found.host().has("unmanaged-vm", &format!("pid {pid}")).then_some(found))
         })?;
-        found.host().is("untrusted")
+        found.host().is("untrusted")?;
+        // A proxy that has just started knows of it before it answers anybody.
+        world.proxy()?.terminate()?;
+        world.start_proxy()?;
+        world.enrol_again()?;
+        world.verdict()?.host().is_untrusted_for("unmanaged-vm", &format!("pid {pid}"))
     });
 }
 
@@ -95,6 +100,27 @@ fn a_reset_of_the_tpm_begins_a_new_epoch_without_alarm() {
         let log = world.proxy_command(&["log"])?.success()?.output;
         ensure!(log.contains("epoch 2") && !log.contains("log-gap"), "{log}");
         Ok(())
+    });
+}
+
+#[test]
+fn vm_that_runs_while_the_log_begins_anew_is_not_forgotten() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        world.add_vm(VmSpec::new("stays", Machine::Microvm))?.start()?;
+        world.wait_running("stays")?;
+        world.learn_policy()?;
+        world.proxy()?.terminate()?;
+        world.tpm()?.reset()?;
+        world.start_proxy()?;
+        world.enrol_again()?;
+        // At first the log knows only that it is there.
+        let found = world.wait_until("the VM to be measured", LIMIT, |world| {
+            let found = world.verdict()?;
+            ensure!(matches!(found.vm("stays").state(), "untrusted" | "unmeasured"), "{found}");
+            Ok((found.vm("stays").state() == "untrusted").then_some(found))
+        })?;
+        found.vm("stays").is_untrusted_for("attached-while-running", "")
     });
 }
 

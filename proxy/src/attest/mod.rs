@@ -78,8 +78,8 @@ pub struct Attester {
     pub inventory: Arc<RwLock<Inventory>>,
     /// The guests.
     pub room: Arc<Room>,
-    /// QEMU processes that are not managed.
-    pub unmanaged: Arc<dyn Fn() -> Vec<Unmanaged> + Send + Sync>,
+    /// What runs on the host beside what the log says.
+    pub processes: Arc<dyn Fn() -> Processes + Send + Sync>,
     /// How long to wait for guests.
     pub wait: Duration,
     /// The host's clock.
@@ -88,6 +88,16 @@ pub struct Attester {
     pub firmware_log: Option<PathBuf>,
     /// The host's IMA list, if it has one.
     pub ima_list: Option<PathBuf>,
+}
+
+/// QEMU processes as they are now, whatever the log says.
+#[derive(Debug, Default)]
+pub struct Processes {
+    /// Those that are not managed.
+    pub unmanaged: Vec<Unmanaged>,
+    /// Those that are, and run. One that the log does not have is stated as unmanaged: a host must not look complete
+    /// because its log began anew.
+    pub running: Vec<(VmRef, Unmanaged)>,
 }
 
 struct Challenge {
@@ -185,13 +195,13 @@ impl Attester {
     ) -> Result<(Head, Pieces), AttestError> {
         let inventory = Arc::clone(&self.inventory);
         let (host, room, clock) = (self.host.clone(), Arc::clone(&self.room), self.clock);
-        let unmanaged = (self.unmanaged)();
+        let processes = (self.processes)();
         let (made, statement) = oneshot::channel();
         let quoted = self
             .log
             .quote(move |log: &LogHead| {
                 let inventory = inventory.read().unwrap_or_else(PoisonError::into_inner);
-                let statement = state(host, log, &inventory, &room, &late, unmanaged, clock());
+                let statement = state(host, log, &inventory, &room, &late, processes, clock());
                 let bytes = statement.to_bytes();
                 let qualifying = nonce_tree::qualifying_data(&root, &bytes);
                 let _ = made.send((statement, bytes));
@@ -231,9 +241,14 @@ fn state(
     inventory: &Inventory,
     room: &Room,
     late: &HashSet<VmRef>,
-    unmanaged: Vec<Unmanaged>,
+    processes: Processes,
     time: TimeMs,
 ) -> Statement {
+    let mut unmanaged = processes.unmanaged;
+    let unlogged = processes.running.into_iter().filter(|(vm, _)| inventory.vm(vm).is_none());
+    unmanaged.extend(unlogged.map(|(_, process)| process));
+    unmanaged.sort_by_key(|process| process.pid);
+    unmanaged.dedup_by_key(|process| process.pid);
     let vms = inventory.vms().map(|(key, vm)| VmState {
         vm: key.vm,
         session: key.session,

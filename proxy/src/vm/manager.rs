@@ -13,7 +13,7 @@ use onequote_evidence::{
     id::{BootId, HostId, SessionId},
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::{JoinHandle, JoinSet},
     time::{MissedTickBehavior, interval, sleep},
 };
@@ -101,6 +101,7 @@ impl Env {
 pub struct Manager {
     registry: Registry,
     scans: mpsc::Sender<oneshot::Sender<()>>,
+    settled: watch::Receiver<bool>,
     task: JoinHandle<()>,
 }
 
@@ -132,6 +133,7 @@ impl Manager {
             known: Mutex::new(known),
         };
         let (scans, wanted) = mpsc::channel(16);
+        let (settled, is_settled) = watch::channel(false);
         let env = Arc::new(env);
         let keeper = Keeper {
             env,
@@ -140,15 +142,22 @@ impl Manager {
             told: HashSet::new(),
             telling: Bucket::new(256, Duration::from_secs(10), Instant::now()),
             tasks: JoinSet::new(),
-            started: Instant::now(),
+            settled,
         };
-        Ok(Self { registry, scans, task: tokio::spawn(keeper.run(wanted)) })
+        Ok(Self { registry, scans, settled: is_settled, task: tokio::spawn(keeper.run(wanted)) })
     }
 
     /// What is known of VMs.
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Waits until every monitor that was there at the start has led to trouble, or to a VM that waits or is in the log.
+    /// Before that nobody can say which VMs this host has.
+    pub async fn settled(&self) {
+        // Its end without an answer is the manager's end.
+        let _ = self.settled.clone().wait_for(|settled| *settled).await;
     }
 
     /// Stops watching. Nothing is logged any more when this is done.
@@ -178,12 +187,17 @@ struct Keeper {
     /// How many may be logged: any user of the host can make some. The statement names them all.
     telling: Bucket,
     tasks: JoinSet<()>,
-    started: Instant,
+    /// Whether the monitors that were there at the start have been met.
+    settled: watch::Sender<bool>,
 }
 
 impl Keeper {
     async fn run(mut self, mut wanted: mpsc::Receiver<oneshot::Sender<()>>) {
         self.close_open_sessions();
+        // Every task of the first look holds a sender until it has met its monitor.
+        let (meeting, mut met) = mpsc::channel::<()>(1);
+        self.look(Some(&meeting));
+        drop(meeting);
         let mut look = interval(self.env.config.recheck);
         let mut scan = interval(self.env.config.scan.as_ref().map_or(Duration::from_secs(3600), |s| s.every));
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -196,9 +210,12 @@ impl Keeper {
                         tracing::error!("watching {}: {e}", self.env.config.dir.display());
                         sleep(self.env.config.retry).await;
                     }
-                    self.look();
+                    self.look(None);
                 }
-                _ = look.tick() => self.look(),
+                _ = met.recv(), if !*self.settled.borrow() => {
+                    self.settled.send_replace(true);
+                }
+                _ = look.tick() => self.look(None),
                 _ = scan.tick() => self.scan().await,
                 done = wanted.recv() => {
                     let Some(done) = done else { break };
@@ -218,7 +235,7 @@ impl Keeper {
     }
 
     /// Starts a task for each socket that is new.
-    fn look(&mut self) {
+    fn look(&mut self, meeting: Option<&mpsc::Sender<()>>) {
         let sockets = match self.watch.sockets() {
             Ok(sockets) => sockets,
             Err(e) => {
@@ -236,7 +253,7 @@ impl Keeper {
         });
         for socket in sockets {
             if self.seen.insert(socket.path.clone(), socket.id) != Some(socket.id) {
-                self.tasks.spawn(serve(Arc::clone(&self.env), socket));
+                self.tasks.spawn(serve(Arc::clone(&self.env), socket, meeting.cloned()));
             }
         }
     }
@@ -258,7 +275,7 @@ impl Keeper {
 
     async fn scan(&mut self) {
         let Some(scan) = self.env.config.scan.clone() else { return };
-        if self.started.elapsed() < scan.older_than {
+        if !*self.settled.borrow() {
             // Monitors that were there before are still being connected to.
             return;
         }
@@ -289,8 +306,9 @@ impl Keeper {
     }
 }
 
-/// Serves one socket: connects, again where that may help, and lives with the VM behind it.
-async fn serve(env: Arc<Env>, socket: Socket) {
+/// Serves one socket: connects, again where that may help, and lives with the VM behind it. `meeting` is let go when the
+/// first try has led to a VM that waits or is in the log, or to trouble.
+async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<()>>) {
     let since = Instant::now();
     let Socket { name, path, id } = socket;
     let trouble = |error: String| {
@@ -305,13 +323,15 @@ async fn serve(env: Arc<Env>, socket: Socket) {
     while socket_id(&path) == Some(id) {
         match Qmp::connect(&path, &env.config.limits).await {
             Ok(monitor) => match Session::meet(Arc::clone(&env), name.clone(), path.clone(), monitor).await {
-                Ok(session) => {
+                Ok(mut session) => {
                     env.registry.trouble(&path, None);
+                    session.meeting = meeting;
                     return session.live().await;
                 }
                 Err(e) => trouble(e.to_string()),
             },
             Err(e) if e.is_not_listening() => {
+                meeting = None;
                 if since.elapsed() > env.config.accept {
                     tracing::debug!(socket = %path.display(), "nobody listens: left over from a QEMU that ended");
                     env.registry.trouble(&path, None);
@@ -323,6 +343,7 @@ async fn serve(env: Arc<Env>, socket: Socket) {
             }
             Err(e) => trouble(e.to_string()),
         }
+        meeting = None;
         sleep(env.config.retry).await;
     }
     // The last trouble may have come after the socket went; one that was made anew has a task of its own.

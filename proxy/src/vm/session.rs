@@ -11,7 +11,10 @@ use onequote_evidence::{
     id::VmId,
 };
 use qapi::qmp::Event as Known;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::{
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, timeout},
+};
 
 use super::{
     change::{self, LeafChanges},
@@ -73,6 +76,8 @@ pub(super) struct Session {
     last_reset: Option<VmReset>,
     unlogged_resets: u64,
     _met: Met,
+    /// Held until the log says that the VM is there, if it runs; see [`super::Manager::settled`].
+    pub(super) meeting: Option<mpsc::Sender<()>>,
 }
 
 impl Session {
@@ -115,6 +120,7 @@ impl Session {
             last_reset: None,
             unlogged_resets: 0,
             _met: met,
+            meeting: None,
         })
     }
 

@@ -45,6 +45,7 @@ impl Session {
             self.head(occasion);
             self.flush().await;
         }
+        self.meeting = None;
         let measured = tokio::select! {
             biased;
             // There is nothing left to measure or to let run; the life of the session goes on to its end.

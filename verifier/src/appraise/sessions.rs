@@ -277,6 +277,8 @@ impl Fold<'_> {
             let exchanged = |image: &&Image| !first.images.iter().any(|before| same(before, image));
             let exchanged: Vec<Image> = start.images.iter().filter(exchanged).cloned().collect();
             session.findings.extend(changed(recnum, first, &start));
+            // It ran on while its log ended and another began: nobody watched it in between, whatever came before.
+            session.before &= again || !session.older;
             let tree = self.out.tree.vms.entry(vm.vm).or_default();
             images::forget(tree, &exchanged, "it was exchanged while nobody watched");
             return;
