@@ -39,6 +39,9 @@ pub struct Leaf {
     pub format: String,
     /// Whether QEMU may not write it.
     pub read_only: bool,
+    /// Device and inode of the file that QEMU holds there, once it was looked for: the same name can come to name
+    /// another file.
+    pub file: Option<(u64, u64)>,
 }
 
 impl BlockGraph {
@@ -122,6 +125,7 @@ impl Walk<'_> {
                 name: node.file.clone(),
                 format,
                 read_only,
+                file: None,
             };
             return self.add(leaf);
         };

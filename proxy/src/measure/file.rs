@@ -2,14 +2,19 @@
 
 use std::{
     fs::{File, Metadata, OpenOptions},
+    io,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use onequote_evidence::digest::FileDigest;
 
 use super::{Digester, MeasureErrorKind, Progress};
+
+/// The most symbolic links that are followed on one path, as many as the kernel follows.
+const MAX_LINKS: u32 = 40;
 
 /// What tells one state of a file from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +60,38 @@ pub(super) fn open(path: &Path) -> Result<File, MeasureErrorKind> {
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(MeasureErrorKind::NotAFile) }
+}
+
+/// When a symbolic link on the way to `path` was last made, if there is one: a link that was turned to another file and
+/// back leaves both files as they were.
+///
+/// # Errors
+/// When a part of the path is not there, or links lead in circles.
+pub(super) fn newest_link(path: &Path) -> io::Result<Option<SystemTime>> {
+    let mut rest: Vec<PathBuf> = path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    let (mut at, mut newest, mut links) = (PathBuf::from("/"), None, 0);
+    while let Some(part) = rest.pop() {
+        if part == Path::new("..") {
+            at.pop();
+            continue;
+        }
+        let next = at.join(part);
+        let m = std::fs::symlink_metadata(&next)?;
+        if !m.file_type().is_symlink() {
+            at = next;
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS {
+            return Err(io::Error::other("too many symbolic links"));
+        }
+        let seconds = Duration::from_secs(u64::try_from(m.ctime()).unwrap_or(0));
+        let nanos = Duration::from_nanos(u64::try_from(m.ctime_nsec()).unwrap_or(0));
+        newest = newest.max(Some(SystemTime::UNIX_EPOCH + seconds + nanos));
+        let target = std::fs::read_link(&next)?;
+        rest.extend(target.components().rev().map(|c| PathBuf::from(c.as_os_str())));
+    }
+    Ok(newest)
 }
 
 /// Measures what `path` names. The file, and what the path names, must be the same before and after.
@@ -127,6 +164,25 @@ mod tests {
             let e = measure_path(&Digester::default(), &path, Some(progress)).await.unwrap_err();
             assert!(matches!(e, MeasureErrorKind::Changed), "{e}");
         }
+    }
+
+    #[test]
+    fn a_link_that_was_turned_is_seen() {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path().canonicalize().unwrap();
+        std::fs::create_dir(dir.join("d")).unwrap();
+        std::fs::write(dir.join("d/good"), "good").unwrap();
+        assert_eq!(newest_link(&dir.join("d/good")).unwrap(), None);
+        let (link, way) = (dir.join("d/kernel"), dir.join("way"));
+        std::os::unix::fs::symlink("../d/good", &link).unwrap();
+        std::os::unix::fs::symlink(dir.join("d"), &way).unwrap();
+        let before = newest_link(&way.join("kernel")).unwrap().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("good", &link).unwrap();
+        assert!(newest_link(&way.join("kernel")).unwrap().unwrap() > before);
+        std::os::unix::fs::symlink("loop", dir.join("loop")).unwrap();
+        assert!(newest_link(&dir.join("loop")).is_err());
     }
 
     #[tokio::test]

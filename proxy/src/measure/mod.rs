@@ -7,8 +7,8 @@
 //! still name that inode, else the measurement fails: a path that was exchanged after QEMU opened it is an attack or a
 //! mistake, and neither may start. A file that QEMU read and closed (kernel, initrd, firmware, files named by
 //! arguments) is read by its path, and its inode, size, mtime and ctime must be the same before and after. Before a VM
-//! is let run such a file must also be as old as its QEMU, by ctime, which programs cannot set: else QEMU may have read
-//! something else.
+//! is let run such a file, and every symbolic link on the way to it, must also be as old as its QEMU, by ctime, which
+//! programs cannot set: else QEMU may have read something else.
 //!
 //! # What this can't see
 //! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with

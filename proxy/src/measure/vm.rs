@@ -21,7 +21,7 @@ use super::{
     Arguments, BlockGraph, Digester, Held, Leaf, Lookup, Machine, MeasureError, MeasureErrorKind, MeasuredFile,
     Process,
     args::{absolute, in_data_dirs},
-    file::{measure_open, measure_path, open},
+    file::{measure_open, measure_path, newest_link, open},
 };
 use crate::qmp::Qmp;
 
@@ -89,8 +89,7 @@ impl VmMeter<'_> {
     pub async fn measure(&self) -> Result<Measurement, MeasureError> {
         let mut components = self.program_and_arguments().await?;
         components.extend(self.loaded().await?);
-        let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
-        let leaves = graph.leaves()?;
+        let leaves = self.leaves(&[]).await?;
         let (images, kept) = self.measure_leaves(&leaves).await?;
         Ok(Measurement { components, images, kept, leaves })
     }
@@ -153,6 +152,28 @@ impl VmMeter<'_> {
             components.push(self.by_path(role, &path).await?);
         }
         Ok(components)
+    }
+
+    /// The block graph's leaves and which files QEMU holds there now. A file in `before` whose name is gone but that
+    /// QEMU still holds is the same.
+    ///
+    /// # Errors
+    /// When QEMU does not answer, or its graph is not understood.
+    pub async fn leaves(&self, before: &[Leaf]) -> Result<Vec<Leaf>, MeasureError> {
+        let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
+        let mut leaves = graph.leaves()?;
+        let held = self.process.held().map_err(|e| MeasureError::of("open files", e))?;
+        let dir = self.working_dir()?;
+        for leaf in &mut leaves {
+            leaf.file = match self.find(leaf, &dir, &held).await {
+                Ok((_, held)) => Some(held.id),
+                Err(_) => {
+                    let known = before.iter().find(|old| (&old.slot, &old.name) == (&leaf.slot, &leaf.name));
+                    known.and_then(|old| old.file).filter(|file| held.iter().any(|h| h.id == *file))
+                }
+            };
+        }
+        Ok(leaves)
     }
 
     /// Measures the files at these leaves of the block graph.
@@ -232,17 +253,19 @@ impl VmMeter<'_> {
         let measured = measure_path(self.digester, path, None).await;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), path, kind);
         let measured = measured.map_err(fail)?;
-        if !self.hot && self.changed_since_start(&measured.file).map_err(|e| fail(e.into()))? {
+        if !self.hot && self.changed_since_start(path, &measured.file).map_err(|e| fail(e.into()))? {
             return Err(fail(MeasureErrorKind::ChangedSinceStart));
         }
         Ok(file_component(role, path, &measured))
     }
 
-    fn changed_since_start(&self, file: &File) -> io::Result<bool> {
+    fn changed_since_start(&self, path: &Path, file: &File) -> io::Result<bool> {
         let m = file.metadata()?;
         let changed = u64::try_from(m.ctime()).unwrap_or(0);
         let nanos = u32::try_from(m.ctime_nsec()).unwrap_or(0);
-        Ok(SystemTime::UNIX_EPOCH + Duration::new(changed, nanos) > self.process.started()? + START_SLACK)
+        let changed = SystemTime::UNIX_EPOCH + Duration::new(changed, nanos);
+        let changed = newest_link(path)?.map_or(changed, |link| link.max(changed));
+        Ok(changed > self.process.started()? + START_SLACK)
     }
 
     fn program(&self) -> Result<PathBuf, MeasureError> {

@@ -5,6 +5,9 @@ use onequote_evidence::event::ConfigChange;
 use super::facts::Facts;
 use crate::measure::Leaf;
 
+/// What changed where it could not be measured.
+pub(super) const UNMEASURED: &str = "unmeasured image";
+
 /// What changed in a VM's outline.
 pub(super) fn outline(before: &Facts, now: &Facts) -> Vec<ConfigChange> {
     let mut changes = Vec::new();

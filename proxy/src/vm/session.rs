@@ -25,7 +25,7 @@ use super::{
     start::Occasion,
 };
 use crate::{
-    measure::{BlockGraph, Kept, Leaf, MeasureError, Process, VmMeter},
+    measure::{Kept, Leaf, MeasureError, Process, VmMeter},
     qmp::{self, Events, Qmp, QmpError},
     rate::Bucket,
 };
@@ -278,25 +278,54 @@ impl Session {
         match self.differences().await {
             Ok(changes) => changes.into_iter().for_each(|change| self.log(change)),
             // A monitor that ended says so itself, and a VM that is about to end has no graph any more.
-            Err(e) if e.is_monitor() => tracing::debug!(vm = %self.name, "cannot compare: {e}"),
-            Err(e) => self.fail(format!("a change in {} cannot be measured: {e}", self.name)),
+            Err(e) if e.is_monitor() || self.ends().await => {
+                tracing::debug!(vm = %self.name, "cannot compare: {e}");
+            }
+            Err(e) => {
+                let error = format!("a change in {} cannot be measured: {e}", self.name);
+                // What cannot be measured must not look as if nothing had happened; once is enough.
+                if self.error.as_ref() != Some(&error) {
+                    let (what, before) = (change::UNMEASURED.to_owned(), String::new());
+                    self.log(ConfigChange { what, before, after: e.to_string(), images: Vec::new() });
+                }
+                self.fail(error);
+            }
         }
         self.flush().await;
     }
 
+    /// Whether the process is about to end: it closes its files before.
+    async fn ends(&self) -> bool {
+        timeout(STATE_TIMEOUT, self.process.ended()).await.is_ok()
+    }
+
     async fn differences(&mut self) -> Result<Vec<ConfigChange>, MeasureError> {
         let facts = Facts::ask(&self.qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
-        let graph = BlockGraph::ask(&self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
-        let leaves = graph.leaves()?;
+        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
+        let leaves = meter.leaves(&self.leaves).await?;
         let mut changes = change::outline(&self.facts, &facts);
         let different = LeafChanges::between(&self.leaves, &leaves);
         if !different.is_empty() {
-            let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
-            let (images, kept) = meter.measure_leaves(&different.other).await?;
-            for (leaf, image) in different.other.iter().zip(images) {
+            let mut kept = Vec::new();
+            for leaf in &different.other {
                 let before = self.leaves.iter().find(|l| l.slot == leaf.slot).map(change::in_words);
-                let (what, after) = ("image".to_owned(), change::in_words(leaf));
-                changes.push(ConfigChange { what, before: before.unwrap_or_default(), after, images: vec![image] });
+                let (before, mut after) = (before.unwrap_or_default(), change::in_words(leaf));
+                if before == after {
+                    after += ", another file of that name";
+                }
+                let (what, images) = match meter.measure_leaves(std::slice::from_ref(leaf)).await {
+                    Ok((images, new)) => {
+                        kept.extend(new);
+                        ("image", images)
+                    }
+                    Err(e) if e.is_monitor() || self.ends().await => return Err(e),
+                    // A disk that cannot be measured is a disk nevertheless.
+                    Err(e) => {
+                        after += &format!(": {e}");
+                        (change::UNMEASURED, Vec::new())
+                    }
+                };
+                changes.push(ConfigChange { what: what.to_owned(), before, after, images });
             }
             for gone in &different.gone {
                 let (what, before) = ("image".to_owned(), change::in_words(gone));

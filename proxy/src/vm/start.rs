@@ -9,7 +9,7 @@ use super::{
     registry::{LiveVm, NoticeKind, Stage},
     session::Session,
 };
-use crate::measure::{self, BlockGraph, MeasureError, Measurement, VmMeter};
+use crate::measure::{self, MeasureError, Measurement, VmMeter};
 
 /// Why a session is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,8 +127,8 @@ impl Session {
             return self.refuse(reason, String::new()).await;
         }
         // Another monitor may have changed it since it was measured.
-        let leaves = BlockGraph::ask(&self.qmp).await.map_err(|e| MeasureError::of("block graph", e));
-        match leaves.and_then(|graph| graph.leaves()) {
+        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: false };
+        match meter.leaves(&[]).await {
             Ok(leaves) if leaves == self.leaves => {}
             Ok(_) => return self.refuse("its images changed since they were measured".into(), String::new()).await,
             Err(e) => return self.refuse(e.to_string(), e.item).await,

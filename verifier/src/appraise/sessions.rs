@@ -27,6 +27,9 @@ use crate::{
     result::MAX_FINDINGS,
 };
 
+/// What a change says it is about when the proxy could not measure what came of it.
+const UNMEASURED: &str = "unmeasured image";
+
 /// One QEMU process, as far as the log tells.
 #[derive(Debug, Clone)]
 pub struct Session {
@@ -294,7 +297,9 @@ impl Fold<'_> {
         let tree = self.out.tree.vms.entry(vm.vm).or_default();
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
         let item = format!("{} (record {recnum})", change.what);
-        if rule.is_some_and(|rule| rule.changes == Consent::Allowed) {
+        // What was not measured is not known to be allowed.
+        let unmeasured = change.what == UNMEASURED;
+        if !unmeasured && rule.is_some_and(|rule| rule.changes == Consent::Allowed) {
             self.out.notes.push(format!("{}: {item} changed", session.name));
             session.findings.extend(images::changed(tree, &change.images, rule));
         } else {

@@ -118,6 +118,19 @@ async fn hot_plug_and_snapshots_are_found() {
     let change = world.log.wait(changed("n")).await;
     assert_eq!((change.what.as_str(), change.before.as_str()), ("image", ""));
     assert_eq!(change.images[0].digest.to_string(), sha256_of(&extra));
+    // The same name, another file.
+    let other = world.file("other.raw", vec![8; 1 << 20]);
+    monitor.call::<Value>("blockdev-del", json!({"node-name": "n"})).await.unwrap();
+    std::fs::rename(&other, &extra).unwrap();
+    let node = json!({"driver": "raw", "node-name": "n", "read-only": true,
+                      "file": {"driver": "file", "filename": "extra.raw"}});
+    monitor.call::<Value>("blockdev-add", node).await.unwrap();
+    let now = sha256_of(&extra);
+    let exchanged = |body: &EventBody| match body {
+        EventBody::ConfigChange(c) if c.images.iter().any(|i| i.digest.to_string() == now) => Some(()),
+        _ => None,
+    };
+    world.log.wait(exchanged).await;
     let device = json!({"driver": "virtio-blk-pci", "drive": "n", "id": "plugged", "bus": "slot1"});
     monitor.call::<Value>("device_add", device).await.unwrap();
     world
@@ -127,6 +140,16 @@ async fn hot_plug_and_snapshots_are_found() {
             _ => None,
         })
         .await;
+    // A disk that cannot be measured.
+    monitor.call::<Value>("blockdev-add", json!({"driver": "null-co", "node-name": "nowhere"})).await.unwrap();
+    let what = |what: &'static str| {
+        move |body: &EventBody| match body {
+            EventBody::ConfigChange(c) if c.what == what => Some(c.clone()),
+            _ => None,
+        }
+    };
+    let change = world.log.wait(what("unmeasured image")).await;
+    assert!(change.images.is_empty() && change.after.contains("nowhere"), "{change:?}");
     let snapshot = json!({"device": "root", "snapshot-file": "snap.qcow2", "format": "qcow2"});
     monitor.call::<Value>("blockdev-snapshot-sync", snapshot).await.unwrap();
     let change = world.log.wait(changed("root")).await;

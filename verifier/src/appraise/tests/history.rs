@@ -246,6 +246,14 @@ fn changes_to_a_running_vm() {
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ConfigChange]);
     world.policy = Some(POLICY.replacen("runtime =", "changes = \"allowed\"\nruntime =", 1));
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnlisted]);
+    let change = ConfigChange {
+        what: "unmeasured image".into(),
+        before: String::new(),
+        after: "n: nbd://h (raw, writable)".into(),
+        images: vec![],
+    };
+    world.log(12, Some(vm_ref(1, 1)), change);
+    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnlisted, Code::ConfigChange]);
 }
 
 #[test]
