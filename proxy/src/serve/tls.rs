@@ -85,6 +85,9 @@ async fn accept(
                 continue;
             }
         };
+        // Head and body of an answer are two writes: the second must not wait for the first one's acknowledgement, which
+        // takes its time. Where that cannot be had answers are late, not lost.
+        let _ = stream.set_nodelay(true);
         let (acceptor, known, done) = (acceptor.clone(), Arc::clone(&known), done.clone());
         tokio::spawn(async move {
             let _slot = slot;
