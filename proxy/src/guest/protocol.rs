@@ -27,7 +27,7 @@ use tokio::{
 use super::room::{Room, RoomError, Token};
 
 /// Frames of one guest that may wait for the log at a time.
-const WINDOW: usize = 8;
+pub(super) const WINDOW: usize = 8;
 
 /// A shim that says nothing for this long is gone: it sends a heartbeat every [`guest_frame::HEARTBEAT_SECONDS`].
 const SILENCE: Duration = Duration::from_secs(4 * guest_frame::HEARTBEAT_SECONDS);

@@ -155,8 +155,8 @@ pub(super) enum Job {
     Flush(oneshot::Sender<()>),
     /// Give these lists up to these counts.
     Lists(Vec<(VmRef, u32, u64)>, oneshot::Sender<Lists>),
-    /// Everybody who is connected.
-    Connected(oneshot::Sender<Vec<(VmRef, mpsc::Sender<u64>)>>),
+    /// Everybody who is connected; from now on what they send is held back for so long, or until a flush.
+    Connected(Duration, oneshot::Sender<Vec<(VmRef, mpsc::Sender<u64>)>>),
 }
 
 /// Guests' lists for evidence.
@@ -291,7 +291,7 @@ impl Room {
     /// Asks all connected guests for what is new, waits at most `wait` for them, then until all that came is in the
     /// log. Gives those that did not answer in time. Only one collection runs at a time (the caller is one task).
     pub async fn collect(&self, wait: Duration) -> HashSet<VmRef> {
-        let Ok(connected) = self.ask(Job::Connected).await else { return HashSet::new() };
+        let Ok(connected) = self.ask(|reply| Job::Connected(wait, reply)).await else { return HashSet::new() };
         let id = self.next_collect.fetch_add(1, Ordering::Relaxed);
         let done = Arc::new(Notify::new());
         let mut waiting = HashSet::new();

@@ -4,7 +4,7 @@ use std::{
     path::Path,
     sync::{
         Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -26,6 +26,7 @@ struct MemoryLog {
     inventory: Arc<RwLock<Inventory>>,
     events: Mutex<Vec<Event>>,
     broken: AtomicBool,
+    appends: AtomicU64,
 }
 
 impl MemoryLog {
@@ -49,6 +50,7 @@ impl EventSink for MemoryLog {
     fn append(&self, events: Vec<Event>) -> BoxFuture<'_, Result<(), SinkError>> {
         Box::pin(async move {
             self.check()?;
+            self.appends.fetch_add(1, Ordering::SeqCst);
             self.put(events);
             Ok(())
         })
@@ -97,7 +99,12 @@ fn started(n: u8) -> Vec<Event> {
 impl Lab {
     fn new() -> Self {
         let inventory = Arc::new(RwLock::new(Inventory::default()));
-        let log = MemoryLog { inventory, events: Mutex::default(), broken: AtomicBool::new(false) };
+        let log = MemoryLog {
+            inventory,
+            events: Mutex::default(),
+            broken: AtomicBool::new(false),
+            appends: AtomicU64::new(0),
+        };
         log.put([started(1), started(2)].concat());
         Self::open(tempfile::tempdir().unwrap(), Arc::new(log), Limits::default())
     }
@@ -321,6 +328,48 @@ async fn a_collection_waits_for_the_good_and_names_the_late() {
     assert_eq!(late.into_iter().collect::<Vec<_>>(), [vm(2)]);
     assert_eq!(lab.log.inventory.read().unwrap().vm(&vm(1)).unwrap().boots[0].count, 2);
     drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collection_costs_one_record_however_many_guests_answer() {
+    let lab = Lab::new();
+    let mut shims = [lab.connect(vm(1)), lab.connect(vm(2))];
+    for shim in &mut shims {
+        shim.resume(7).await;
+    }
+    lab.room.collect(Duration::ZERO).await;
+    for shim in &mut shims {
+        shim.receive().await.unwrap();
+    }
+    let before = lab.log.appends.load(Ordering::SeqCst);
+    let room = Arc::clone(&lab.room);
+    let collecting = tokio::spawn(async move { room.collect(Duration::from_secs(60)).await });
+    for (n, shim) in (1..).zip(&mut shims) {
+        shim.entries(0, &entries(0..2)).await;
+        // In the list before the other guest says anything.
+        while lab.room.lists(vec![(vm(n), 0, 2)]).await.lists[0].2.len() < 2 {}
+    }
+    assert_eq!(lab.log.appends.load(Ordering::SeqCst), before);
+    for shim in &mut shims {
+        shim.collected(2).await;
+    }
+    assert!(collecting.await.unwrap().is_empty());
+    assert_eq!(lab.log.appends.load(Ordering::SeqCst), before + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collection_does_not_keep_a_guest_waiting_for_itself() {
+    let lab = Lab::new();
+    let mut shim = lab.connect(vm(1));
+    shim.resume(7).await;
+    let room = Arc::clone(&lab.room);
+    let collecting = tokio::spawn(async move { room.collect(Duration::from_secs(60)).await });
+    for n in 0..40 {
+        shim.entries(n, &entries(n as u32..n as u32 + 1)).await;
+    }
+    shim.collected(40).await;
+    assert!(collecting.await.unwrap().is_empty());
+    assert_eq!(lab.list(vm(1), 0).await.0, 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]

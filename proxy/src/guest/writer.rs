@@ -5,7 +5,9 @@
 //! ```
 //!
 //! The writer takes all jobs that wait, changes the lists, saves them, and logs one batch of events. While the TPM is
-//! busy jobs queue, and the next batch carries them all. What is still to be logged is always computed from what the
+//! busy jobs queue, and the next batch carries them all. While guests are asked for what is new before a quote, it holds
+//! back what comes until all have answered or the time is over, so that the quote costs one extend and not one a guest;
+//! only a guest that has much to send, and would wait for its own entries, makes it log before. What is still to be logged is always computed from what the
 //! log has (the inventory) and what the lists hold, so that a batch that failed is neither lost nor logged twice.
 
 use std::{
@@ -27,6 +29,7 @@ use tracing::warn;
 use super::{
     dictionary::Dictionary,
     list::{Closed, GuestList},
+    protocol::WINDOW,
     room::{Brought, Job, Limits, Lists, RoomError, Token},
 };
 use crate::{
@@ -64,6 +67,8 @@ pub(super) struct Writer {
     /// Sessions whose entries are held back a little: they have made too many records.
     held_back: HashSet<VmRef>,
     flushes: Vec<oneshot::Sender<()>>,
+    /// Until when what comes is held back, unless a flush comes before.
+    hold: Option<Instant>,
 }
 
 struct Session {
@@ -74,6 +79,8 @@ struct Session {
     generation: u64,
     connections: u32,
     collect: Option<mpsc::Sender<u64>>,
+    /// Frames with entries that are not logged yet.
+    frames: usize,
 }
 
 impl Session {
@@ -85,6 +92,7 @@ impl Session {
             generation: 0,
             connections: 0,
             collect: None,
+            frames: 0,
         }
     }
 }
@@ -133,14 +141,17 @@ impl Writer {
             permits: Vec::new(),
             held_back: HashSet::new(),
             flushes: Vec::new(),
+            hold: None,
         })
     }
 
     pub(super) async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         let mut failed = false;
         loop {
-            let job = if failed || !self.held_back.is_empty() {
-                match tokio::time::timeout(RETRY, jobs.recv()).await {
+            let held = self.hold.map(|until| until.saturating_duration_since(Instant::now()));
+            let again = (failed || !self.held_back.is_empty()).then_some(RETRY);
+            let job = if let Some(limit) = held.into_iter().chain(again).min() {
+                match tokio::time::timeout(limit, jobs.recv()).await {
                     Ok(Some(job)) => Some(job),
                     Ok(None) => return,
                     Err(_) => None,
@@ -156,6 +167,9 @@ impl Writer {
                     self.take(job);
                 }
             }
+            if self.holds() {
+                continue;
+            }
             match self.log().await {
                 Ok(()) => failed = false,
                 Err(e) => {
@@ -168,6 +182,14 @@ impl Writer {
         }
     }
 
+    /// Whether to wait for more before anything is logged.
+    fn holds(&mut self) -> bool {
+        if self.hold.is_some_and(|until| Instant::now() >= until) {
+            self.hold = None;
+        }
+        self.hold.is_some() && self.sessions.values().all(|session| session.frames < WINDOW / 2)
+    }
+
     fn take(&mut self, job: Job) {
         match job {
             Job::Hello { vm, boot_id, hash_size, collect, reply } => {
@@ -177,6 +199,9 @@ impl Writer {
             Job::Entries { token, first, count, bytes, permit, reply } => {
                 let taken = self.entries(&token, first, count, &bytes.0);
                 self.permits.push((token.vm, permit));
+                if let Some(session) = self.sessions.get_mut(&token.vm) {
+                    session.frames += 1;
+                }
                 let _ = reply.send(taken);
             }
             Job::Lost { token, reason } => self.lost(&token, reason),
@@ -186,11 +211,15 @@ impl Writer {
                     self.brought.bytes -= ended.brought.bytes;
                 }
             }
-            Job::Flush(done) => self.flushes.push(done),
+            Job::Flush(done) => {
+                self.hold = None;
+                self.flushes.push(done);
+            }
             Job::Lists(wanted, reply) => {
                 let _ = reply.send(self.lists(&wanted));
             }
-            Job::Connected(reply) => {
+            Job::Connected(hold, reply) => {
+                self.hold = Some(Instant::now() + hold);
                 let connected = self.sessions.iter().filter_map(|(vm, s)| Some((*vm, s.collect.clone()?))).collect();
                 let _ = reply.send(connected);
             }
@@ -359,6 +388,7 @@ impl Writer {
         }
         self.events.clear();
         self.permits.retain(|(vm, _)| self.held_back.contains(vm));
+        self.sessions.values_mut().for_each(|session| session.frames = 0);
         for flush in self.flushes.drain(..) {
             let _ = flush.send(());
         }

@@ -181,6 +181,9 @@ async fn accept(
                 }
             },
         };
+        // Head and body of an answer are two writes: the second must not wait for the first one's acknowledgement, which
+        // takes its time. Where that cannot be had answers are late, not lost.
+        let _ = stream.set_nodelay(true);
         let (acceptor, known, done, verifiers) =
             (acceptor.clone(), Arc::clone(&known), done.clone(), verifiers.clone());
         tokio::spawn(async move {
