@@ -26,7 +26,7 @@ pub enum QmpError {
         after: Duration,
     },
     /// QEMU refused a command.
-    #[error("the monitor refused {command}: {desc} ({class})")]
+    #[error("the monitor refused {command}: {} ({class})", desc.escape_debug())]
     Refused {
         /// The command.
         command: String,
@@ -66,7 +66,8 @@ impl QmpError {
 
     /// The start of a line, to be shown.
     pub(super) fn excerpt(line: &[u8]) -> String {
-        let start = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
+        // It comes from a peer: control characters must not reach a log as they are.
+        let start = String::from_utf8_lossy(&line[..line.len().min(80)]).escape_debug().to_string();
         if line.len() > 80 { start + "…" } else { start }
     }
 }
