@@ -3,7 +3,7 @@
 //! On disk: `u32 little-endian length ‖ u8 hash size ‖ entry`, one after the other, only ever appended to; the length
 //! is the entry's, the hash size that of its list (the same bytes could be another entry in a list with another hash
 //! size). The index of an entry is its place in this sequence. A torn tail (a crash in the middle of an append) is cut at the next start: no list
-//! that was logged refers to it, because the dictionary is synced before a list is, and a list before it is logged.
+//! that was logged refers to it, because dictionary and list are synced before the list is logged.
 
 use std::{
     collections::HashMap,

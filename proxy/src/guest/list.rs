@@ -102,12 +102,17 @@ impl GuestList {
         })
     }
 
+    /// Whether there is something that is not in the file.
+    pub(super) fn is_unsaved(&self) -> bool {
+        self.saved != self.refs.len()
+    }
+
     /// Writes what is new to the file and syncs it. After an error it can be tried again.
     ///
     /// # Errors
     /// Of the file system.
     pub(super) fn save(&mut self) -> io::Result<()> {
-        if self.saved == self.refs.len() {
+        if !self.is_unsaved() {
             return Ok(());
         }
         let bytes: Vec<u8> = self.refs[self.saved..].iter().flat_map(|id| id.to_le_bytes()).collect();

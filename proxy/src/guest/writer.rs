@@ -41,6 +41,9 @@ use crate::{
 /// Jobs taken into one batch.
 const BATCH: usize = 1024;
 
+/// Lists that are written at a time.
+const SYNCS: usize = 16;
+
 /// How often a batch that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -79,8 +82,6 @@ struct Session {
     generation: u64,
     connections: u32,
     collect: Option<mpsc::Sender<u64>>,
-    /// Frames with entries that are not logged yet.
-    frames: usize,
 }
 
 impl Session {
@@ -92,7 +93,6 @@ impl Session {
             generation: 0,
             connections: 0,
             collect: None,
-            frames: 0,
         }
     }
 }
@@ -149,8 +149,8 @@ impl Writer {
         let mut failed = false;
         loop {
             let held = self.hold.map(|until| until.saturating_duration_since(Instant::now()));
-            let again = (failed || !self.held_back.is_empty()).then_some(RETRY);
-            let job = if let Some(limit) = held.into_iter().chain(again).min() {
+            let retry = (failed || !self.held_back.is_empty()).then_some(RETRY);
+            let job = if let Some(limit) = held.into_iter().chain(retry).min() {
                 match tokio::time::timeout(limit, jobs.recv()).await {
                     Ok(Some(job)) => Some(job),
                     Ok(None) => return,
@@ -187,7 +187,13 @@ impl Writer {
         if self.hold.is_some_and(|until| Instant::now() >= until) {
             self.hold = None;
         }
-        self.hold.is_some() && self.sessions.values().all(|session| session.frames < WINDOW / 2)
+        let mut frames: HashMap<&VmRef, usize> = HashMap::new();
+        self.hold.is_some()
+            && self.permits.iter().filter(|(vm, _)| !self.held_back.contains(vm)).all(|(vm, _)| {
+                let frames = frames.entry(vm).or_default();
+                *frames += 1;
+                *frames < WINDOW / 2
+            })
     }
 
     fn take(&mut self, job: Job) {
@@ -199,9 +205,6 @@ impl Writer {
             Job::Entries { token, first, count, bytes, permit, reply } => {
                 let taken = self.entries(&token, first, count, &bytes.0);
                 self.permits.push((token.vm, permit));
-                if let Some(session) = self.sessions.get_mut(&token.vm) {
-                    session.frames += 1;
-                }
                 let _ = reply.send(taken);
             }
             Job::Lost { token, reason } => self.lost(&token, reason),
@@ -377,22 +380,35 @@ impl Writer {
     /// Saves and logs all that is not logged yet.
     async fn log(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.sink.ready().await?;
-        tokio::task::block_in_place(|| {
-            self.dictionary.save().map_err(|e| named(&self.folder.join("dictionary"), &e))?;
-            let mut lists = self.sessions.values_mut().flat_map(|s| &mut s.lists);
-            lists.try_for_each(GuestList::save).map_err(|e| named(&self.folder, &e))
-        })?;
+        tokio::task::block_in_place(|| self.save())?;
         let events = self.due();
         if !events.is_empty() {
             self.sink.append(events).await?;
         }
         self.events.clear();
         self.permits.retain(|(vm, _)| self.held_back.contains(vm));
-        self.sessions.values_mut().for_each(|session| session.frames = 0);
         for flush in self.flushes.drain(..) {
             let _ = flush.send(());
         }
         Ok(())
+    }
+
+    /// Writes what is new to the dictionary and the lists, and syncs them, a few at a time: file systems sync many files
+    /// together for little more than one.
+    fn save(&mut self) -> io::Result<()> {
+        let Self { dictionary, sessions, folder, .. } = self;
+        let mut lists: Vec<&mut GuestList> =
+            sessions.values_mut().flat_map(|s| &mut s.lists).filter(|list| list.is_unsaved()).collect();
+        let share = lists.len().div_ceil(SYNCS).max(1);
+        std::thread::scope(|scope| {
+            let save = |lists: &mut [&mut GuestList]| lists.iter_mut().try_for_each(|list| list.save());
+            let threads: Vec<_> = lists.chunks_mut(share).map(|part| scope.spawn(move || save(part))).collect();
+            let dictionary = dictionary.save().map_err(|e| named(&folder.join("dictionary"), &e));
+            let fault = || Err(io::Error::other("the thread that writes failed"));
+            let saved = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| fault()));
+            let lists = saved.collect::<io::Result<()>>().map_err(|e| named(folder, &e));
+            dictionary.and(lists)
+        })
     }
 
     /// What the log does not have yet: kept events, each list's new entries after its hello and before its end.
