@@ -344,14 +344,20 @@ async fn a_collection_costs_one_record_however_many_guests_answer() {
     let before = lab.log.appends.load(Ordering::SeqCst);
     let room = Arc::clone(&lab.room);
     let collecting = tokio::spawn(async move { room.collect(Duration::from_secs(60)).await });
+    // Who was asked knows that what it sends is held back.
+    let mut asked = Vec::new();
+    for shim in &mut shims {
+        let Some(HostFrame::Collect { id }) = shim.receive().await else { panic!("collect") };
+        asked.push(id);
+    }
     for (n, shim) in (1..).zip(&mut shims) {
         shim.entries(0, &entries(0..2)).await;
         // In the list before the other guest says anything.
         while lab.room.lists(vec![(vm(n), 0, 2)]).await.lists[0].2.len() < 2 {}
     }
     assert_eq!(lab.log.appends.load(Ordering::SeqCst), before);
-    for shim in &mut shims {
-        shim.collected(2).await;
+    for (shim, id) in shims.iter_mut().zip(asked) {
+        shim.send(GuestFrame::Collected { id, count: 2 }).await;
     }
     assert!(collecting.await.unwrap().is_empty());
     assert_eq!(lab.log.appends.load(Ordering::SeqCst), before + 1);
