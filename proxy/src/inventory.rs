@@ -67,7 +67,10 @@ impl Inventory {
                 name: body.name.clone(),
                 pid: body.pid,
                 depth: body.depth,
-                run_state: "prelaunch".to_owned(),
+                run_state: match body.depth {
+                    Depth::Gate => "prelaunch".to_owned(),
+                    Depth::Observe => "running".to_owned(),
+                },
                 images: Vec::new(),
                 events: 0,
                 measured: false,
@@ -92,9 +95,6 @@ impl Inventory {
                 vm.images.clone_from(&body.images);
                 vm.measured = true;
                 vm.may_reboot = true;
-                if vm.run_state == "prelaunch" {
-                    vm.run_state = "running".to_owned();
-                }
             }
             EventBody::ConfigChange(body) => {
                 vm.images.retain(|old| body.images.iter().all(|new| new.slot != old.slot));

@@ -142,7 +142,7 @@ fn an_image_without_the_right_to_read_it_keeps_its_vm_from_running() {
 
 fn give_away(world: &World) -> Result<()> {
     let folder = world.folder();
-    for (program, arguments) in [("chmod", ["-R", "a+rwX"]), ("chown", ["-R", "daemon:daemon"])] {
+    for (program, arguments) in [("chmod", ["-R", "a+rX"]), ("chown", ["-R", "daemon:daemon"])] {
         let status = Command::new(program).args(arguments).arg(folder).status()?;
         ensure!(status.success(), "{program} failed");
     }
@@ -351,7 +351,8 @@ struct Small(PathBuf);
 
 impl Small {
     fn mount(folder: &Path) -> Result<Self> {
-        let output = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "none"]).arg(folder).output()?;
+        let output =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m,mode=700", "none"]).arg(folder).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim().to_owned());
         Ok(Self(folder.to_owned()))
     }

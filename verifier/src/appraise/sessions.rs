@@ -178,11 +178,12 @@ impl Fold<'_> {
             name,
             before: known_start.is_some(),
             older: known_start.is_some(),
+            // Until this log says that it was looked at again.
+            unseen_since: known_start.is_some().then_some(0),
             start: known_start,
             refused: None,
             stopped: false,
             reboots: 0,
-            unseen_since: None,
             boots: BTreeMap::new(),
             findings: kept_findings,
         });
