@@ -174,7 +174,8 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         Some((tls, known)) => {
             let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
             let address = listener.address();
-            publish_address(&config.state_dir.join("listen.addr"), address).map_err(io_error("listen.addr"))?;
+            let published = config.state_dir.join("listen.addr");
+            publish_address(&published, address).map_err(io_error(published.display().to_string()))?;
             tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
             info!(%address, verifiers = config.verifiers.len(), "ready");
         }
