@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 fn watched(world: &mut World, name: &str) -> Result<Bare> {
     let bare = world.start_bare(name, &[])?;
     world.wait_until("the VM to be let go", LIMIT, |world| {
-        Ok((world.vm_status(name)?["stage"] == "watched" && world.guest_socket(name).exists()).then_some(()))
+        Ok((world.vm_status(name)?["stage"] == "watched" && wait::listens(&world.guest_socket(name))?).then_some(()))
     })?;
     Ok(bare)
 }

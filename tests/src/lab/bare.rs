@@ -44,7 +44,7 @@ impl Bare {
     /// # Errors
     /// QEMU does not answer within ten seconds.
     pub fn monitor(&self) -> Result<Qmp> {
-        wait::for_true("QEMU's own monitor", Duration::from_secs(10), || Ok(self.monitor.exists()))?;
+        wait::for_true("QEMU's own monitor", Duration::from_secs(10), || wait::listens(&self.monitor))?;
         Qmp::connect(&self.monitor)
     }
 

@@ -104,7 +104,10 @@ fn spawn(folder: &Path, detached: bool, count: bool) -> Result<Process> {
     let mut command = Command::new("swtpm");
     command
         .args(["socket", "--tpm2", "--tpmstate", "dir=state"])
-        .args(["--server", "type=unixio,path=tpm", "--ctrl", "type=unixio,path=tpm.ctrl"])
+        .arg("--server")
+        .arg(format!("type=unixio,path={}", folder.join("tpm").display()))
+        .arg("--ctrl")
+        .arg(format!("type=unixio,path={}", folder.join("tpm.ctrl").display()))
         .args(["--flags", "not-need-init,startup-clear"])
         .current_dir(folder);
     if count {
@@ -114,7 +117,7 @@ fn spawn(folder: &Path, detached: bool, count: bool) -> Result<Process> {
         .context("is the package swtpm installed?")?;
     wait::for_true("the TPM's sockets", Duration::from_secs(20), || {
         process.check_alive()?;
-        Ok(folder.join("tpm").exists() && folder.join("tpm.ctrl").exists())
+        Ok(wait::listens(&folder.join("tpm"))? && wait::listens(&folder.join("tpm.ctrl"))?)
     })?;
     Ok(process)
 }

@@ -224,7 +224,7 @@ impl Vm {
         let qemu = self.qemu()?;
         wait::for_true("the monitor's socket", Duration::from_secs(20), || {
             qemu.check_alive()?;
-            Ok(socket.exists())
+            wait::listens(&socket)
         })?;
         Qmp::connect(&socket)
     }

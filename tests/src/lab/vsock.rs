@@ -120,7 +120,7 @@ pub(crate) fn attach(
             let mut process = Process::spawn(BACK_END, &back_end, &log, detached)?;
             wait::for_true("the vsock back end's socket", Duration::from_secs(10), || {
                 process.check_alive()?;
-                Ok(socket.exists())
+                wait::listens(&socket)
             })?;
             let arguments = [
                 "-chardev".to_owned(),
