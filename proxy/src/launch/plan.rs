@@ -1,30 +1,16 @@
-//! `launch`: starts QEMU so that the proxy meets it before its guest runs.
-//!
-//! The user's arguments stay as they are; what is missing is added behind them: `-S`, so that QEMU waits; a monitor in
-//! the watched folder, named after the VM; `-name`; and a vsock device, so that the guest's shim reaches the host,
-//! where the kernel offers `/dev/vhost-vsock` and the arguments have none. Then this process becomes QEMU: it stays in
-//! the foreground, and whoever started it sees its end. The proxy lets the VM run once it is measured and logged.
+//! QEMU's command line: what the user gave, and what launching adds.
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::{self, DirBuilder},
-    io,
-    os::unix::{
-        ffi::{OsStrExt, OsStringExt},
-        fs::DirBuilderExt,
-        net::UnixStream,
-        process::CommandExt,
-    },
+    fs,
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use onequote_evidence::digest::sha256;
 
+use super::{LaunchError, exec::VHOST_VSOCK};
 use crate::{measure::quoted, vm::is_valid_name};
-
-/// The kernel's vhost device for vsock.
-const VHOST_VSOCK: &str = "/dev/vhost-vsock";
 
 /// What to launch.
 #[derive(Debug, Clone)]
@@ -35,7 +21,7 @@ pub struct Launch {
     pub dir: PathBuf,
     /// QEMU's program and arguments.
     pub command: Vec<OsString>,
-    /// Whether the host's kernel offers vsock to guests. [`host_has_vsock`] tells.
+    /// Whether the host's kernel offers vsock to guests. [`super::host_has_vsock`] tells.
     pub host_vsock: bool,
 }
 
@@ -50,37 +36,6 @@ pub struct Planned {
     pub command: Vec<OsString>,
     /// What the user should know.
     pub notes: Vec<String>,
-}
-
-/// Why a VM is not launched.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// Nothing was given to run.
-    #[error("no QEMU command line: onequote-proxy launch --name NAME -- qemu-system-x86_64 …")]
-    Empty,
-    /// No name was given.
-    #[error("the VM has no name: give --name, or -name to QEMU")]
-    NoName,
-    /// The name cannot be a file's.
-    #[error("{0:?} is no name for a VM: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first")]
-    BadName(String),
-    /// Two names were given.
-    #[error("the VM is called {0} by --name and {1} by -name: leave one out")]
-    TwoNames(String, String),
-    /// An argument does not go together with being measured before the start.
-    #[error("{0} cannot be launched: {1}")]
-    Conflict(String, &'static str),
-    /// A VM of that name is there.
-    #[error("a VM named {0} is running: its monitor {1} answers")]
-    Running(String, PathBuf),
-    /// A file or folder failed.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
 }
 
 impl Launch {
@@ -141,29 +96,6 @@ impl Planned {
     pub fn command_line(&self) -> String {
         self.command.iter().map(|a| quoted(&a.to_string_lossy())).collect::<Vec<_>>().join(" ")
     }
-
-    /// Turns this process into QEMU. Comes back only with an error.
-    #[must_use]
-    pub fn exec(&self) -> LaunchError {
-        if let Some(dir) = self.socket.parent().filter(|d| !d.is_dir())
-            && let Err(source) = DirBuilder::new().recursive(true).mode(0o700).create(dir)
-        {
-            return LaunchError::Io { path: dir.to_owned(), source };
-        }
-        // QEMU takes the path of a monitor away from a VM that runs.
-        if UnixStream::connect(&self.socket).is_ok() {
-            return LaunchError::Running(self.name.clone(), self.socket.clone());
-        }
-        let Some((program, args)) = self.command.split_first() else { return LaunchError::Empty };
-        let source = Command::new(program).args(args).exec();
-        LaunchError::Io { path: program.into(), source }
-    }
-}
-
-/// Whether the host's kernel offers vsock to guests, and this process may use it.
-#[must_use]
-pub fn host_has_vsock() -> bool {
-    fs::OpenOptions::new().read(true).write(true).open(VHOST_VSOCK).is_ok()
 }
 
 /// What the user's arguments say already.
@@ -317,15 +249,5 @@ mod tests {
         assert!(error(Some("a"), &["-readconfig", "/nowhere"]).contains("/nowhere"));
         let empty = Launch { command: Vec::new(), ..launch(None, true, &[]) };
         assert!(matches!(empty.plan().unwrap_err(), LaunchError::Empty));
-    }
-
-    #[test]
-    fn a_running_vm_keeps_its_monitor() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut planned = launch(Some("x"), false, &[]);
-        planned.dir = dir.path().to_owned();
-        let planned = planned.plan().unwrap();
-        let _listener = std::os::unix::net::UnixListener::bind(&planned.socket).unwrap();
-        assert!(matches!(planned.exec(), LaunchError::Running(..)));
     }
 }

@@ -1,0 +1,54 @@
+//! Becoming QEMU, and what this host offers it.
+
+use std::{
+    fs::{self, DirBuilder},
+    os::unix::{fs::DirBuilderExt, net::UnixStream, process::CommandExt},
+    process::Command,
+};
+
+use super::{LaunchError, Planned};
+
+/// The kernel's vhost device for vsock.
+pub(super) const VHOST_VSOCK: &str = "/dev/vhost-vsock";
+
+/// Whether the host's kernel offers vsock to guests, and this process may use it.
+#[must_use]
+pub fn host_has_vsock() -> bool {
+    fs::OpenOptions::new().read(true).write(true).open(VHOST_VSOCK).is_ok()
+}
+
+impl Planned {
+    /// Turns this process into QEMU. Comes back only with an error.
+    #[must_use]
+    pub fn exec(&self) -> LaunchError {
+        if let Some(dir) = self.socket.parent().filter(|d| !d.is_dir())
+            && let Err(source) = DirBuilder::new().recursive(true).mode(0o700).create(dir)
+        {
+            return LaunchError::Io { path: dir.to_owned(), source };
+        }
+        // QEMU takes the path of a monitor away from a VM that runs.
+        if UnixStream::connect(&self.socket).is_ok() {
+            return LaunchError::Running(self.name.clone(), self.socket.clone());
+        }
+        let Some((program, args)) = self.command.split_first() else { return LaunchError::Empty };
+        let source = Command::new(program).args(args).exec();
+        LaunchError::Io { path: program.into(), source }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::super::Launch;
+    use super::*;
+
+    #[test]
+    fn a_running_vm_keeps_its_monitor() {
+        let dir = tempfile::tempdir().unwrap();
+        let command = vec!["qemu-system-x86_64".into()];
+        let launch = Launch { name: Some("x".to_owned()), dir: dir.path().to_owned(), command, host_vsock: false };
+        let planned = launch.plan().unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&planned.socket).unwrap();
+        assert!(matches!(planned.exec(), LaunchError::Running(..)));
+    }
+}
