@@ -33,7 +33,9 @@
 //! Processes that run a QEMU program or hold `/dev/kvm` and are none of the above are logged once as unmanaged.
 
 mod change;
+mod compare;
 mod facts;
+mod life;
 mod manager;
 mod open;
 mod outbox;

@@ -7,31 +7,29 @@ use std::{
 };
 
 use onequote_evidence::{
-    event::{ConfigChange, Depth, GapReason, Image, LogGap, StopCause, VmPause, VmRef, VmReset, VmResume, VmStop},
+    event::{Depth, GapReason, Image, LogGap, StopCause, VmRef, VmReset, VmStop},
     id::VmId,
 };
-use qapi::qmp::Event as Known;
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, timeout},
 };
 
 use super::{
-    change::{self, LeafChanges},
-    facts::{Facts, run_state},
+    facts::Facts,
     manager::Env,
     outbox::Outbox,
     registry::{LiveVm, Met, NoticeKind, Stage},
     start::Occasion,
 };
 use crate::{
-    measure::{Kept, Leaf, MeasureError, Process, VmMeter},
-    qmp::{self, Events, Qmp, QmpError},
+    measure::{Kept, Leaf, MeasureError, Process},
+    qmp::{Events, Qmp, QmpError},
     rate::Bucket,
 };
 
 /// Events that wait to be logged. With more, QEMU's events are left waiting.
-const MAX_PENDING: usize = 1024;
+pub(super) const MAX_PENDING: usize = 1024;
 
 /// Resets of one session that are logged as fast as they come. Firmware makes two or three of one of the guest's; the
 /// boots that a guest may make in one session are far fewer.
@@ -41,11 +39,7 @@ const RESETS: u32 = 1024;
 const RESETS_REFILL: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to tell its run state when it just changed.
-const STATE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Events that say nothing about configuration, some of them as often as a guest likes.
-const CHATTER: [&str; 5] =
-    ["RTC_CHANGE", "BALLOON_CHANGE", "NIC_RX_FILTER_CHANGED", "VSERPORT_CHANGE", "BLOCK_IO_ERROR"];
+pub(super) const STATE_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(super) struct Session {
     pub(super) env: Arc<Env>,
@@ -65,16 +59,16 @@ pub(super) struct Session {
     pub(super) kept: Vec<Kept>,
     pub(super) outbox: Outbox,
     /// What is wrong with the VM, and with logging it.
-    error: Option<String>,
+    pub(super) error: Option<String>,
     pub(super) log_error: Option<String>,
-    cause: Option<StopCause>,
+    pub(super) cause: Option<StopCause>,
     /// Images that the log has from before a restart of the proxy, in case they cannot be measured any more.
     expected: Vec<Image>,
-    recheck: bool,
+    pub(super) recheck: bool,
     /// A guest can reset itself as often as it likes: what of that is logged.
-    resets: Bucket,
-    last_reset: Option<VmReset>,
-    unlogged_resets: u64,
+    pub(super) resets: Bucket,
+    pub(super) last_reset: Option<VmReset>,
+    pub(super) unlogged_resets: u64,
     _met: Met,
     /// Held until the log says that the VM is there, if it runs; see [`super::Manager::settled`].
     pub(super) meeting: Option<mpsc::Sender<()>>,
@@ -165,78 +159,6 @@ impl Session {
         self.finish().await;
     }
 
-    /// Takes an event and those that came with it, and logs them together.
-    async fn take_events(&mut self, first: qmp::Event) {
-        let mut next = Some(first);
-        while let Some(event) = next {
-            self.take_event(event).await;
-            next = if self.outbox.len() < MAX_PENDING { self.events.waiting() } else { None };
-        }
-        self.flush().await;
-    }
-
-    async fn take_event(&mut self, event: qmp::Event) {
-        let known = match event {
-            qmp::Event::Known(known) => *known,
-            qmp::Event::Other { name, .. } => {
-                self.recheck |= !CHATTER.contains(&name.as_str());
-                return;
-            }
-            qmp::Event::Missed(n) => {
-                self.recheck = true;
-                let detail = format!("{n} events of {} came faster than they could be logged", self.name);
-                return self.log(LogGap { reason: GapReason::MonitorLost, detail });
-            }
-        };
-        match known {
-            Known::STOP { .. } => {
-                let state = timeout(STATE_TIMEOUT, run_state(&self.qmp)).await;
-                let run_state = state.ok().and_then(Result::ok).unwrap_or_else(|| "paused".to_owned());
-                self.set_run_state(&run_state);
-                self.log(VmPause { run_state });
-            }
-            Known::RESUME { .. } => {
-                self.cause = None;
-                self.set_run_state("running");
-                self.log(VmResume { run_state: "running".to_owned() });
-            }
-            Known::RESET { data, .. } => {
-                self.env.registry.update(self.vm, |s| s.resets += 1);
-                self.env.registry.tell(self.vm, NoticeKind::Reset);
-                let reason = serde_json::to_value(data.reason).ok();
-                let reason = reason.and_then(|r| r.as_str().map(str::to_owned)).unwrap_or_default();
-                self.reset(VmReset { by_guest: data.guest, reason });
-            }
-            Known::SHUTDOWN { data, .. } => {
-                self.cause = Some(if data.guest { StopCause::GuestShutdown } else { StopCause::HostShutdown });
-                self.set_run_state("shutdown");
-            }
-            Known::RTC_CHANGE { .. }
-            | Known::BALLOON_CHANGE { .. }
-            | Known::NIC_RX_FILTER_CHANGED { .. }
-            | Known::VSERPORT_CHANGE { .. }
-            | Known::BLOCK_IO_ERROR { .. } => {}
-            _ => self.recheck = true,
-        }
-    }
-
-    /// Logs a reset, or counts it when there were too many: it is then logged with the next one that is, at the latest
-    /// when the configuration is compared.
-    fn reset(&mut self, reset: VmReset) {
-        if self.resets.take(Instant::now()) {
-            let VmReset { by_guest, reason } = reset;
-            let kept = u64::from(self.last_reset.take().is_some());
-            let reason = match std::mem::take(&mut self.unlogged_resets) + kept {
-                0 => reason,
-                n => format!("{reason}, and {n} resets before that were not logged one by one"),
-            };
-            self.log(VmReset { by_guest, reason });
-        } else {
-            // The one that is kept is counted when it is replaced.
-            self.unlogged_resets += u64::from(self.last_reset.replace(reset).is_some());
-        }
-    }
-
     /// The monitor ended. Whether it was found again; otherwise the process has ended.
     async fn find_again(&mut self, why: &QmpError) -> bool {
         if timeout(self.env.config.exit_grace, self.process.ended()).await.is_ok() {
@@ -268,78 +190,6 @@ impl Session {
             self.assess(occasion).await;
             return true;
         }
-    }
-
-    /// Compares configuration and block graph with what the log has, and logs what is different.
-    async fn compare(&mut self) {
-        if !self.measured {
-            return;
-        }
-        match self.differences().await {
-            Ok(changes) => changes.into_iter().for_each(|change| self.log(change)),
-            // A monitor that ended says so itself, and a VM that is about to end has no graph any more.
-            Err(e) if e.is_monitor() || self.ends().await => {
-                tracing::debug!(vm = %self.name, "cannot compare: {e}");
-            }
-            Err(e) => {
-                let error = format!("a change in {} cannot be measured: {e}", self.name);
-                // What cannot be measured must not look as if nothing had happened; once is enough.
-                if self.error.as_ref() != Some(&error) {
-                    let (what, before) = (change::UNMEASURED.to_owned(), String::new());
-                    self.log(ConfigChange { what, before, after: e.to_string(), images: Vec::new() });
-                }
-                self.fail(error);
-            }
-        }
-        self.flush().await;
-    }
-
-    /// Whether the process is about to end: it closes its files before.
-    async fn ends(&self) -> bool {
-        timeout(STATE_TIMEOUT, self.process.ended()).await.is_ok()
-    }
-
-    async fn differences(&mut self) -> Result<Vec<ConfigChange>, MeasureError> {
-        let facts = Facts::ask(&self.qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
-        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
-        let leaves = meter.leaves(&self.leaves).await?;
-        let mut changes = change::outline(&self.facts, &facts);
-        let different = LeafChanges::between(&self.leaves, &leaves);
-        if !different.is_empty() {
-            let mut kept = Vec::new();
-            for leaf in &different.other {
-                let before = self.leaves.iter().find(|l| l.slot == leaf.slot).map(change::in_words);
-                let (before, mut after) = (before.unwrap_or_default(), change::in_words(leaf));
-                if before == after {
-                    after += ", another file of that name";
-                }
-                let (what, images) = match meter.measure_leaves(std::slice::from_ref(leaf)).await {
-                    Ok((images, new)) => {
-                        kept.extend(new);
-                        ("image", images)
-                    }
-                    Err(e) if e.is_monitor() || self.ends().await => return Err(e),
-                    // A disk that cannot be measured is a disk nevertheless.
-                    Err(e) => {
-                        after += &format!(": {e}");
-                        (change::UNMEASURED, Vec::new())
-                    }
-                };
-                changes.push(ConfigChange { what: what.to_owned(), before, after, images });
-            }
-            for gone in &different.gone {
-                let (what, before) = ("image".to_owned(), change::in_words(gone));
-                changes.push(ConfigChange { what, before, after: String::new(), images: Vec::new() });
-            }
-            let changed = |slot: &str| different.other.iter().chain(&different.gone).any(|l| l.slot == slot);
-            self.kept.retain(|k| !changed(&k.image.slot));
-            self.kept.extend(kept);
-            self.kept.sort_by(|a, b| a.image.slot.cmp(&b.image.slot));
-        }
-        let run_state = facts.run_state.clone();
-        (self.facts, self.leaves) = (facts, leaves);
-        self.set_run_state(&run_state);
-        Ok(changes)
     }
 
     /// The process has ended: measures what it could write, logs its stop and leaves.
@@ -406,7 +256,7 @@ impl Session {
         self.env.registry.update(self.vm, |s| s.stage = stage);
     }
 
-    fn set_run_state(&self, state: &str) {
+    pub(super) fn set_run_state(&self, state: &str) {
         self.env.registry.update(self.vm, |s| state.clone_into(&mut s.run_state));
     }
 
