@@ -138,6 +138,22 @@ event_bodies! {
     VmReset = "vm-reset",
     /// The QEMU process ended.
     VmStop = "vm-stop",
+    /// The guest did not end by itself.
+    VmCrash = "vm-crash",
+    /// The operator says that the VM will not come back.
+    VmDelete = "vm-delete",
+    /// A removable medium was changed.
+    MediumChange = "medium-change",
+    /// The VM's state was saved inside its images.
+    SnapshotSave = "snapshot-save",
+    /// The VM went back to a state saved before.
+    SnapshotLoad = "snapshot-load",
+    /// The VM's state goes to another QEMU, or to a file.
+    MigrateOut = "migrate-out",
+    /// The VM's state comes from another QEMU, or from a file.
+    MigrateIn = "migrate-in",
+    /// A command to the VM's monitor that passed the proxy.
+    MonitorCommand = "monitor-command",
     /// Something about a VM is not as it was measured.
     ConfigChange = "config-change",
     /// A QEMU process that the proxy does not manage.

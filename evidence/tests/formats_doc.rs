@@ -14,7 +14,10 @@ use std::collections::BTreeMap;
 use minicbor::{Decoder, Encode, data::Type};
 use onequote_evidence::{
     cbor,
-    event::{Depth, EventBody, GapReason, MAX_KIND, Role, StopCause},
+    event::{
+        CommandOutcome, CrashCause, Depth, EventBody, GapReason, MAX_KIND, MemoryCheck, MigrationStatus, RefuseCause,
+        Role, StopCause,
+    },
     guest_frame, id, ima, nonce_tree, pcr, record, statement, stream,
     tpm::{Attest, KeyParameters, Public, Signature},
 };
@@ -136,6 +139,11 @@ fn every_word_has_its_row() {
     rows("Role", Role::word);
     rows("Stop cause", StopCause::word);
     rows("Gap reason", GapReason::word);
+    rows("Memory check", MemoryCheck::word);
+    rows("Refuse cause", RefuseCause::word);
+    rows("Crash cause", CrashCause::word);
+    rows("Migration status", MigrationStatus::word);
+    rows("Command outcome", CommandOutcome::word);
 }
 
 #[test]

@@ -68,7 +68,7 @@ impl Inventory {
                 pid: body.pid,
                 depth: body.depth,
                 run_state: match body.depth {
-                    Depth::Gate => "prelaunch".to_owned(),
+                    Depth::Gate | Depth::Intercept => "prelaunch".to_owned(),
                     Depth::Observe => "running".to_owned(),
                 },
                 images: Vec::new(),
@@ -96,11 +96,15 @@ impl Inventory {
                 vm.measured = true;
                 vm.may_reboot = true;
             }
-            EventBody::ConfigChange(body) => {
-                vm.images.retain(|old| body.images.iter().all(|new| new.slot != old.slot));
-                vm.images.extend_from_slice(&body.images);
-                vm.images.sort_by(|a, b| a.slot.cmp(&b.slot));
+            EventBody::ConfigChange(body) => vm.exchange(&body.images),
+            EventBody::MediumChange(body) => vm.exchange(&body.images),
+            EventBody::SnapshotSave(body) => vm.exchange(&body.images),
+            EventBody::SnapshotLoad(body) => {
+                vm.exchange(&body.images);
+                vm.may_reboot = true;
             }
+            EventBody::MigrateOut(body) => vm.exchange(&body.images),
+            EventBody::MigrateIn(_) => vm.may_reboot = true,
             EventBody::VmPause(body) => vm.run_state.clone_from(&body.run_state),
             EventBody::VmResume(body) => vm.run_state.clone_from(&body.run_state),
             EventBody::VmReset(_) | EventBody::LogGap(_) => vm.may_reboot = true,
@@ -137,6 +141,15 @@ impl Inventory {
     #[must_use]
     pub fn vm(&self, key: &VmRef) -> Option<&LoggedVm> {
         self.vms.get(key)
+    }
+}
+
+impl LoggedVm {
+    /// Takes in images as they are now.
+    fn exchange(&mut self, images: &[Image]) {
+        self.images.retain(|old| images.iter().all(|new| new.slot != old.slot));
+        self.images.extend_from_slice(images);
+        self.images.sort_by(|a, b| a.slot.cmp(&b.slot));
     }
 }
 

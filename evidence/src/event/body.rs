@@ -56,6 +56,72 @@ words! {
         Gate = 0 "gate",
         /// Already running when the proxy first saw it.
         Observe = 1 "observe",
+        /// Measured before it ran, and every command to its monitor passes the proxy.
+        Intercept = 2 "intercept",
+    }
+
+    /// What the guest's memory, before the guest ran, says about a part that was measured as a file.
+    pub enum MemoryCheck {
+        /// Memory holds what the file holds.
+        Equal = 0 "equal",
+        /// Memory holds something else.
+        Differs = 1 "differs",
+        /// QEMU hands the part over only later, so that memory cannot show it yet.
+        Hidden = 2 "hidden",
+    }
+
+    /// Why a VM was not let run.
+    pub enum RefuseCause {
+        /// A part could not be measured.
+        Unmeasurable = 0 "unmeasurable",
+        /// A part is not one of the host's references.
+        Reference = 1 "reference",
+        /// Memory holds something else than the file that was measured.
+        LoadedDiffers = 2 "loaded-differs",
+        /// The VM was changed between its measurement and its start.
+        Changed = 3 "changed",
+        /// Another VM with the same UUID is there.
+        Duplicate = 4 "duplicate",
+        /// The measurement could not be logged.
+        Log = 5 "log",
+        /// Somebody else let it run before it was measured and logged.
+        Continued = 6 "continued",
+        /// Who answers at the monitor is not the QEMU process that it seems to be.
+        Impostor = 7 "impostor",
+    }
+
+    /// What became of a guest that did not end by itself.
+    pub enum CrashCause {
+        /// The guest's kernel panicked and told QEMU.
+        GuestPanic = 0 "guest-panic",
+        /// The guest did not serve its watchdog.
+        Watchdog = 1 "watchdog",
+        /// QEMU stopped the guest over an error of its own or of the accelerator.
+        InternalError = 2 "internal-error",
+        /// The host's memory under the guest failed.
+        MemoryFailure = 3 "memory-failure",
+    }
+
+    /// How far a migration has come.
+    pub enum MigrationStatus {
+        /// It began.
+        Started = 0 "started",
+        /// All state has gone over.
+        Completed = 1 "completed",
+        /// It failed; the VM stays where it was.
+        Failed = 2 "failed",
+        /// Somebody ended it; the VM stays where it was.
+        Cancelled = 3 "cancelled",
+    }
+
+    /// What became of a command to a monitor.
+    pub enum CommandOutcome {
+        /// It was measured and logged, and then handed to QEMU.
+        Forwarded = 0 "forwarded",
+        /// The configuration forbids it.
+        Refused = 1 "refused",
+        /// A file that it names could not be measured; it was not handed to QEMU.
+        Unmeasurable = 2 "unmeasurable",
     }
 
     /// What a measured part of a VM's start is for.
@@ -151,6 +217,8 @@ bodies! {
         #[n(9)] pub guest_cid: Option<u64>,
         /// Devices, as `id:type`, in ascending order.
         #[n(10)] pub devices: Vec<String>,
+        /// Other ways to command this QEMU: monitors and debuggers, in words, in ascending order.
+        #[n(11)] pub monitors: Vec<String>,
     }
 
     /// One measured part of a VM's start that is not a disk image.
@@ -165,6 +233,8 @@ bodies! {
         #[n(3)] pub digest: FileDigest,
         /// The measured text itself, where it is text: command line and arguments.
         #[n(4)] pub text: Option<String>,
+        /// What memory says about it; none for what QEMU does not load into the guest's memory.
+        #[n(5)] pub memory: Option<MemoryCheck>,
     }
 
     /// One block node that is a file.
@@ -208,6 +278,8 @@ bodies! {
         #[n(0)] pub reason: String,
         /// The part that was missing or wrong: a role or an image's slot. Empty when it is neither.
         #[n(1)] pub item: String,
+        /// The same in a word.
+        #[n(2)] pub cause: RefuseCause,
     }
 
     /// The VM's processors stopped.
@@ -238,6 +310,90 @@ bodies! {
         #[n(1)] pub images: Vec<Image>,
         /// Writable images that could not be measured: slot and error.
         #[n(2)] pub unmeasured: Vec<String>,
+    }
+
+    /// The guest did not end by itself. QEMU may live on; its end is a `vm-stop`.
+    pub struct VmCrash {
+        /// Why.
+        #[n(0)] pub cause: CrashCause,
+        /// What QEMU says of it, and what it did: `pause`, `reset`, `poweroff`, …
+        #[n(1)] pub detail: String,
+    }
+
+    /// The operator says that the VM will not come back. Its session is the last one.
+    pub struct VmDelete {
+        /// The VM's name on this host.
+        #[n(0)] pub name: String,
+        /// Every image that it could write, as it is now.
+        #[n(1)] pub images: Vec<Image>,
+        /// Those that could not be measured: slot and error.
+        #[n(2)] pub unmeasured: Vec<String>,
+    }
+
+    /// A removable medium was changed.
+    pub struct MediumChange {
+        /// The drive's slot.
+        #[n(0)] pub slot: String,
+        /// As it was, for people; empty when the drive was empty.
+        #[n(1)] pub before: String,
+        /// As it is, for people; empty when the drive is empty.
+        #[n(2)] pub after: String,
+        /// Images that came with it.
+        #[n(3)] pub images: Vec<Image>,
+    }
+
+    /// The VM's state was saved inside its images.
+    pub struct SnapshotSave {
+        /// The snapshot's tag; empty when QEMU does not tell.
+        #[n(0)] pub tag: String,
+        /// Images that hold it, as they are now.
+        #[n(1)] pub images: Vec<Image>,
+    }
+
+    /// The VM went back to a state saved before: guest and writable images are what they were then.
+    pub struct SnapshotLoad {
+        /// The snapshot's tag; empty when QEMU does not tell.
+        #[n(0)] pub tag: String,
+        /// Its writable images, as they are now.
+        #[n(1)] pub images: Vec<Image>,
+    }
+
+    /// The VM's state goes to another QEMU, or to a file.
+    pub struct MigrateOut {
+        /// How far it is.
+        #[n(0)] pub status: MigrationStatus,
+        /// Where to, as far as it is known; else empty.
+        #[n(1)] pub target: String,
+        /// When it is completed: every writable image as this QEMU left it.
+        #[n(2)] pub images: Vec<Image>,
+        /// Writable images that could not be measured: slot and error.
+        #[n(3)] pub unmeasured: Vec<String>,
+    }
+
+    /// The VM's state comes from another QEMU, or from a file: what it runs was not started here.
+    pub struct MigrateIn {
+        /// How far it is.
+        #[n(0)] pub status: MigrationStatus,
+        /// Where from, as far as it is known; else empty.
+        #[n(1)] pub source: String,
+    }
+
+    /// A management tool's command to the VM's monitor that passed the proxy and was not known to be read-only.
+    pub struct MonitorCommand {
+        /// Who gave it: the client's number at this monitor, its process id and program.
+        #[n(0)] pub client: String,
+        /// The command.
+        #[n(1)] pub command: String,
+        /// Its arguments as JSON, cut at 4,096 bytes.
+        #[n(2)] pub arguments: String,
+        /// SHA-256 of the arguments as JSON, not cut.
+        #[n(3)] pub digest: Sha256,
+        /// What became of it.
+        #[n(4)] pub outcome: CommandOutcome,
+        /// Why it was not forwarded; else empty.
+        #[n(5)] pub detail: String,
+        /// Files that it names, measured before it was forwarded.
+        #[n(6)] pub files: Vec<Component>,
     }
 
     /// Something about a VM is not as it was measured.

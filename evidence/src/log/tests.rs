@@ -50,6 +50,7 @@ fn any_event() -> impl Strategy<Value = Event> {
                 size,
                 digest,
                 text: Some(text.clone()),
+                memory: None,
             };
             let image =
                 Image { slot: "disk0/1".into(), path: text, format: "qcow2".into(), read_only: true, size, digest };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use onequote_evidence::{
     cbor,
     digest::{FileDigest, HashAlg, sha256},
-    event::{Component, Depth, Event, Image, Role, VmPause, VmRef},
+    event::{Component, Depth, Event, Image, MemoryCheck, Role, VmPause, VmRef},
     guest_frame::{self, GuestFrame, HostFrame, to_wire},
     id::{BootId, Epoch, EpochId, Nonce, SessionId, Sha256, TimeMs, VmId},
     ima::{Aggregate, ListReader},
@@ -165,6 +165,7 @@ pub(crate) fn maps() -> Vec<(&'static str, Vec<u8>)> {
         size: 9,
         digest,
         text: Some("quiet".into()),
+        memory: Some(MemoryCheck::Hidden),
     };
     let image =
         Image { slot: "disk0".into(), path: "/disk".into(), format: "raw".into(), read_only: true, size: 9, digest };
@@ -182,13 +183,4 @@ pub(crate) fn maps() -> Vec<(&'static str, Vec<u8>)> {
         ("dictionary", cbor::encode(&Dictionary { first: 0, entries: vec![ng_entry().into()] })),
         ("guest", cbor::encode(&guest())),
     ]
-}
-
-#[test]
-#[allow(clippy::print_stdout)]
-#[ignore = "prints the examples for the document's author"]
-fn print() {
-    for (name, bytes) in written() {
-        println!("{name} {}", hex::encode(bytes));
-    }
 }

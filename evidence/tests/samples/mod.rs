@@ -44,7 +44,14 @@ impl Gen {
     }
 
     fn component(&mut self, role: Role) -> Component {
-        Component { role, path: self.text(), size: self.u64(), digest: self.digest(), text: Some(self.text()) }
+        Component {
+            role,
+            path: self.text(),
+            size: self.u64(),
+            digest: self.digest(),
+            text: Some(self.text()),
+            memory: Some(MemoryCheck::Differs),
+        }
     }
 
     fn image(&mut self) -> Image {
@@ -92,15 +99,39 @@ pub(crate) fn bodies(g: &mut Gen) -> Vec<EventBody> {
             accelerator: "kvm".into(),
             guest_cid: Some(g.u64()),
             devices: vec![g.text(), g.text()],
+            monitors: vec![g.text()],
         }
         .into(),
         VmStart { components: components.clone(), images: vec![g.image(), g.image()] }.into(),
         VmAttach { components, images: vec![g.image()], again: g.bool() }.into(),
-        VmRefuse { reason: g.text(), item: g.text() }.into(),
+        VmRefuse { reason: g.text(), item: g.text(), cause: RefuseCause::LoadedDiffers }.into(),
         VmPause { run_state: g.text() }.into(),
         VmResume { run_state: g.text() }.into(),
         VmReset { by_guest: g.bool(), reason: g.text() }.into(),
         VmStop { cause: StopCause::Lost, images: vec![g.image()], unmeasured: vec![g.text()] }.into(),
+        VmCrash { cause: CrashCause::Watchdog, detail: g.text() }.into(),
+        VmDelete { name: g.text(), images: vec![g.image()], unmeasured: vec![g.text()] }.into(),
+        MediumChange { slot: g.text(), before: g.text(), after: g.text(), images: vec![g.image()] }.into(),
+        SnapshotSave { tag: g.text(), images: vec![g.image()] }.into(),
+        SnapshotLoad { tag: g.text(), images: vec![g.image()] }.into(),
+        MigrateOut {
+            status: MigrationStatus::Completed,
+            target: g.text(),
+            images: vec![g.image()],
+            unmeasured: vec![g.text()],
+        }
+        .into(),
+        MigrateIn { status: MigrationStatus::Failed, source: g.text() }.into(),
+        MonitorCommand {
+            client: g.text(),
+            command: g.text(),
+            arguments: g.text(),
+            digest: g.sha256(),
+            outcome: CommandOutcome::Refused,
+            detail: g.text(),
+            files: vec![g.component(Role::ArgumentFile)],
+        }
+        .into(),
         ConfigChange { what: g.text(), before: g.text(), after: g.text(), images: vec![g.image()] }.into(),
         UnmanagedVm { pid: g.u32(), program: g.text(), arguments: g.text() }.into(),
         LogGap { reason: GapReason::MonitorLost, detail: g.text() }.into(),

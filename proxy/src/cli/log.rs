@@ -7,7 +7,7 @@ use std::{
 };
 
 use onequote_evidence::{
-    event::{Component, Event, EventBody, Image},
+    event::{Component, Event, EventBody, Image, SnapshotLoad, SnapshotSave},
     record::Record,
 };
 
@@ -72,13 +72,14 @@ fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
             b.cpus,
             b.accelerator,
             b.qemu
-        )),
+        ))
+        .and_then(|()| b.monitors.iter().try_for_each(|m| line(format!("also commanded by {m}")))),
         EventBody::VmStart(b) => parts(&b.components, &b.images, &mut line),
         EventBody::VmAttach(b) => {
             line(if b.again { "measured again" } else { "was running when first seen" }.to_owned())?;
             parts(&b.components, &b.images, &mut line)
         }
-        EventBody::VmRefuse(b) => line(format!("{} {}", b.item, b.reason)),
+        EventBody::VmRefuse(b) => line(format!("{}: {} {}", b.cause, b.item, b.reason)),
         EventBody::VmPause(b) => line(b.run_state.clone()),
         EventBody::VmResume(b) => line(b.run_state.clone()),
         EventBody::VmReset(b) => line(format!("{}{}", b.reason, if b.by_guest { " by the guest" } else { "" })),
@@ -86,6 +87,31 @@ fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
             line(b.cause.to_string())?;
             parts(&[], &b.images, &mut line)?;
             b.unmeasured.iter().try_for_each(|u| line(format!("not measured: {u}")))
+        }
+        EventBody::VmCrash(b) => line(format!("{}: {}", b.cause, b.detail)),
+        EventBody::VmDelete(b) => {
+            line(b.name.clone())?;
+            parts(&[], &b.images, &mut line)?;
+            b.unmeasured.iter().try_for_each(|u| line(format!("not measured: {u}")))
+        }
+        EventBody::MediumChange(b) => {
+            line(format!("{}: {} → {}", b.slot, b.before, b.after))?;
+            parts(&[], &b.images, &mut line)
+        }
+        EventBody::SnapshotSave(SnapshotSave { tag, images })
+        | EventBody::SnapshotLoad(SnapshotLoad { tag, images }) => {
+            line(tag.clone())?;
+            parts(&[], images, &mut line)
+        }
+        EventBody::MigrateOut(b) => {
+            line(format!("{} to {}", b.status, b.target))?;
+            parts(&[], &b.images, &mut line)?;
+            b.unmeasured.iter().try_for_each(|u| line(format!("not measured: {u}")))
+        }
+        EventBody::MigrateIn(b) => line(format!("{} from {}", b.status, b.source)),
+        EventBody::MonitorCommand(b) => {
+            line(format!("{}: {} {} ({}) {}", b.outcome, b.command, b.arguments, b.client, b.detail))?;
+            parts(&b.files, &[], &mut line)
         }
         EventBody::ConfigChange(b) => {
             line(format!("{}: {} → {}", b.what, b.before, b.after))?;
@@ -109,7 +135,8 @@ fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
 fn parts(components: &[Component], images: &[Image], line: &mut dyn FnMut(String) -> io::Result<()>) -> io::Result<()> {
     for c in components {
         let text = c.text.as_deref().map(|t| format!(" {t:?}")).unwrap_or_default();
-        line(format!("{:<14} {}  {}{text}", c.role.word(), c.digest, c.path))?;
+        let memory = c.memory.map(|m| format!(" (in memory: {m})")).unwrap_or_default();
+        line(format!("{:<14} {}  {}{text}{memory}", c.role.word(), c.digest, c.path))?;
     }
     for i in images {
         let access = if i.read_only { "ro" } else { "rw" };

@@ -92,6 +92,7 @@ fn started(n: u8) -> Vec<Event> {
         accelerator: "tcg".into(),
         guest_cid: None,
         devices: vec![],
+        monitors: vec![],
     };
     vec![event(vm(n), create), event(vm(n), VmStart { components: vec![], images: vec![] })]
 }

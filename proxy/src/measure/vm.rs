@@ -299,7 +299,7 @@ async fn read_config(path: &Path) -> Result<Vec<u8>, MeasureError> {
 
 fn file_component(role: Role, path: &Path, measured: &MeasuredFile) -> Component {
     let path = path.to_string_lossy().into_owned();
-    Component { role, path, size: measured.size, digest: measured.digest, text: None }
+    Component { role, path, size: measured.size, digest: measured.digest, text: None, memory: None }
 }
 
 fn text_component(role: Role, bytes: &[u8], text: &str) -> Component {
@@ -309,6 +309,7 @@ fn text_component(role: Role, bytes: &[u8], text: &str) -> Component {
         size: bytes.len() as u64,
         digest: FileDigest::sha256(sha256(&[bytes])),
         text: (text.len() <= MAX_TEXT).then(|| text.to_owned()),
+        memory: None,
     }
 }
 

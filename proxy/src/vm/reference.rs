@@ -185,7 +185,8 @@ mod tests {
     #[test]
     fn what_is_listed_must_fit() {
         let digest = |n| FileDigest::sha256(Sha256([n; 32]));
-        let kernel = Component { role: Role::Kernel, path: "/k".into(), size: 1, digest: digest(1), text: None };
+        let kernel =
+            Component { role: Role::Kernel, path: "/k".into(), size: 1, digest: digest(1), text: None, memory: None };
         let line = Component { role: Role::KernelCmdline, text: Some("quiet".into()), ..kernel.clone() };
         let image = Image {
             slot: "disk0/1".into(),

@@ -1,7 +1,7 @@
 //! The first look at a session, and each look anew after a gap: measure, log, let run.
 
 use onequote_evidence::{
-    event::{Depth, EventBody, GapReason, LogGap, VmAttach, VmCreate, VmRefuse, VmStart},
+    event::{Depth, EventBody, GapReason, LogGap, RefuseCause, VmAttach, VmCreate, VmRefuse, VmStart},
     id::SessionId,
 };
 
@@ -38,7 +38,7 @@ impl Session {
                 other.name,
                 other.pid
             );
-            return self.refuse(reason, String::new()).await;
+            return self.refuse(RefuseCause::Duplicate, reason, String::new()).await;
         }
         if !gate {
             // It runs: until it is measured, the log says at least that it is there.
@@ -58,7 +58,7 @@ impl Session {
         match measured {
             Ok(measurement) if gate => self.let_run(measurement).await,
             Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
-            Err(e) => self.refuse(e.to_string(), e.item).await,
+            Err(e) => self.refuse(RefuseCause::Unmeasurable, e.to_string(), e.item).await,
         }
     }
 
@@ -98,6 +98,7 @@ impl Session {
                 accelerator: self.facts.accelerator.clone(),
                 guest_cid: self.facts.guest_cid,
                 devices: self.facts.devices.clone(),
+                monitors: Vec::new(),
             }),
             Occasion::ProxyDown => self.log(LogGap {
                 reason: GapReason::ProxyDown,
@@ -116,7 +117,7 @@ impl Session {
         let (env, name) = (std::sync::Arc::clone(&self.env), self.name.clone());
         if let Some(Err(mismatch)) = env.references.as_ref().map(|r| r.check(&name, &measurement)) {
             self.keep(&measurement);
-            return self.refuse(mismatch.to_string(), mismatch.item).await;
+            return self.refuse(RefuseCause::Reference, mismatch.to_string(), mismatch.item).await;
         }
         self.keep(&measurement);
         self.log(VmStart { components: measurement.components, images: measurement.images });
@@ -124,14 +125,17 @@ impl Session {
             // What is not in the log has not happened: neither later may it say that the VM started.
             self.outbox.withdraw_start();
             let reason = self.log_error.clone().unwrap_or_default();
-            return self.refuse(reason, String::new()).await;
+            return self.refuse(RefuseCause::Log, reason, String::new()).await;
         }
         // Another monitor may have changed it since it was measured.
         let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: false };
         match meter.leaves(&[]).await {
             Ok(leaves) if leaves == self.leaves => {}
-            Ok(_) => return self.refuse("its images changed since they were measured".into(), String::new()).await,
-            Err(e) => return self.refuse(e.to_string(), e.item).await,
+            Ok(_) => {
+                let reason = "its images changed since they were measured".to_owned();
+                return self.refuse(RefuseCause::Changed, reason, String::new()).await;
+            }
+            Err(e) => return self.refuse(RefuseCause::Changed, e.to_string(), e.item).await,
         }
         self.measured = true;
         self.stage(Stage::Watched);
@@ -151,7 +155,8 @@ impl Session {
         self.stage(Stage::Watched);
         match mismatch {
             Some(mismatch) => {
-                self.refuse(format!("it was running already, but should not: {mismatch}"), mismatch.item).await;
+                let reason = format!("it was running already, but should not: {mismatch}");
+                self.refuse(RefuseCause::Reference, reason, mismatch.item).await;
             }
             None => {
                 self.flush().await;
@@ -162,10 +167,10 @@ impl Session {
     }
 
     /// Logs that the VM is not let run, and leaves it as it is.
-    async fn refuse(&mut self, reason: String, item: String) {
+    async fn refuse(&mut self, cause: RefuseCause, reason: String, item: String) {
         self.fail(format!("{} is not let run: {reason}", self.name));
         self.stage(Stage::Refused);
-        self.log(VmRefuse { reason, item });
+        self.log(VmRefuse { reason, item, cause });
         self.flush().await;
     }
 

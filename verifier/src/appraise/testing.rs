@@ -166,7 +166,7 @@ pub(crate) fn ima_entry_of(path: &str, value: &[u8], violation: bool) -> Blob {
 }
 
 pub(crate) fn component(role: Role, n: u8) -> Component {
-    Component { role, path: format!("/vm/{role}"), size: 9, digest: digest(n), text: None }
+    Component { role, path: format!("/vm/{role}"), size: 9, digest: digest(n), text: None, memory: None }
 }
 
 pub(crate) fn image(slot: &str, n: u8, read_only: bool) -> Image {
@@ -275,6 +275,7 @@ impl World {
             accelerator: "tcg".into(),
             guest_cid: None,
             devices: Vec::new(),
+            monitors: Vec::new(),
         };
         self.log(12, Some(vm_ref(n, session)), create);
         let vm = VmState {

@@ -2,8 +2,8 @@
 
 use onequote_evidence::{
     event::{
-        ConfigChange, EventBody, GapReason, GuestOverflow, GuestRewind, LogGap, Role, StopCause, VmAttach, VmRefuse,
-        VmReset, VmStart,
+        ConfigChange, EventBody, GapReason, GuestOverflow, GuestRewind, LogGap, RefuseCause, Role, StopCause, VmAttach,
+        VmRefuse, VmReset, VmStart,
     },
     id::{Blob, BootId, Sha256},
     pcr::RegisterValue,
@@ -226,7 +226,11 @@ fn refused_and_waiting_vms() {
     let appraisal = world.round();
     assert_eq!(vm_codes(&appraisal, "web"), [Code::VmNotStarted]);
     assert_eq!(vm_state(&appraisal, "web"), State::Unmeasured);
-    let refuse = VmRefuse { reason: "the kernel is not in the references".into(), item: "kernel".into() };
+    let refuse = VmRefuse {
+        reason: "the kernel is not in the references".into(),
+        item: "kernel".into(),
+        cause: RefuseCause::Reference,
+    };
     world.log(12, Some(vm_ref(1, 2)), refuse);
     let appraisal = world.round();
     assert!(vm_codes(&appraisal, "web").contains(&Code::VmRefused));
