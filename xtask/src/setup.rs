@@ -39,6 +39,8 @@ const NEEDS: &[(Probe, &str)] = &[
     (Probe::File("/usr/lib/systemd/boot/efi/linuxx64.efi.stub"), "systemd-boot-efi"),
     (Probe::Program("tpm2_checkquote"), "tpm2-tools"),
     (Probe::Program("evmctl"), "ima-evm-utils"),
+    (Probe::Program("fsverity"), "fsverity"),
+    (Probe::Program("openssl"), "openssl"),
     (Probe::Downloadable("linux-image-cloud-amd64"), ""),
     (Probe::Downloadable("busybox-static"), ""),
 ];

@@ -99,7 +99,7 @@ pub(crate) fn test(quick: bool) -> Result<ExitCode> {
     summary.check("shim's size", shim_size);
 
     let mut units = cargo("test");
-    units.args(["--workspace", "--exclude", "onequote-tests"]);
+    units.args(["--workspace", "--exclude", "onequote-tests"]).env("ONEQUOTE_SKIPS", &skips);
     summary.step("unit tests", &mut units);
 
     // Programs were just built: the lab need not ask cargo again.
