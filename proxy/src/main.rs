@@ -1,7 +1,7 @@
 //! The program; everything is in the library.
 #![allow(clippy::print_stdout, reason = "a command's answer goes to standard output")]
 
-use std::{ffi::OsString, io, process::ExitCode};
+use std::{ffi::OsString, io, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser as _;
@@ -9,7 +9,8 @@ use onequote_proxy::{
     app,
     cli::{Cli, Command, export_ima, ignore_closed_pipe, print_log, print_status},
     config::Config,
-    launch, measure,
+    launch::{Description, HostVsock, Launch, VsockWish, host_has_vsock, taken_cids},
+    measure,
     tpm::silence_tss_log,
 };
 use tracing_subscriber::EnvFilter;
@@ -40,7 +41,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Run => Ok(runtime()?.block_on(app::run(config))?),
-        Command::Launch { name, dry_run, qemu } => start_vm(&config, name, dry_run, qemu),
+        Command::Launch { name, dry_run, file, qemu } => start_vm(&config, name, dry_run, file.as_deref(), qemu),
         Command::Measure { .. } => Ok(()),
         Command::Status { json } => {
             let printed = runtime()?.block_on(print_status(&config.admin_socket(), json, &mut io::stdout().lock()));
@@ -57,9 +58,26 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn start_vm(config: &Config, name: Option<String>, dry_run: bool, command: Vec<OsString>) -> anyhow::Result<()> {
-    let host_vsock = launch::host_has_vsock();
-    let planned = launch::Launch { name, dir: config.vms_dir(), command, host_vsock }.plan()?;
+fn start_vm(
+    config: &Config,
+    name: Option<String>,
+    dry_run: bool,
+    file: Option<&Path>,
+    command: Vec<OsString>,
+) -> anyhow::Result<()> {
+    // What is wrong with it is said before anybody is asked.
+    let description = file.map(Description::read).transpose()?;
+    let taken = runtime()?.block_on(taken_cids(&config.admin_socket())).map_err(|e| e.to_string());
+    let host = HostVsock { device: host_has_vsock(), taken };
+    let dir = config.vms_dir();
+    let launch = match description {
+        Some(description) => Launch::described(&description, name, dir, host)?,
+        None => Launch { name, dir, command, vsock: VsockWish::default(), host, folder: None, notes: Vec::new() },
+    };
+    let planned = match file {
+        Some(file) => launch.plan().with_context(|| file.display().to_string())?,
+        None => launch.plan()?,
+    };
     for note in &planned.notes {
         eprintln!("onequote-proxy: {note}");
     }

@@ -65,6 +65,8 @@ pub struct VmStatus {
     pub stage: Stage,
     /// How it is watched.
     pub depth: Depth,
+    /// The guest's vsock CID, where QEMU knows it.
+    pub guest_cid: Option<u64>,
     /// Guest boots in this session.
     pub boots: usize,
     /// Entries of the current boot that are in the log.
@@ -111,6 +113,7 @@ impl StatusSource for LiveStatus {
                 run_state: vm.run_state,
                 stage: vm.stage,
                 depth: vm.depth,
+                guest_cid: vm.guest_cid,
                 boots: boots.len(),
                 entries: boots.last().map_or(0, |boot| boot.count),
                 last_contact_ms: self.room.last_contact(&vm.vm).and_then(|age| u64::try_from(age.as_millis()).ok()),

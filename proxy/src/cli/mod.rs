@@ -30,16 +30,19 @@ pub enum Command {
     Init,
     /// Watches VMs, measures, answers verifiers; until it is told to end.
     Run,
-    /// Starts a VM that the running proxy measures before it runs.
+    /// Starts a VM that the running proxy measures before it runs: by its description, or by QEMU's arguments.
     Launch {
-        /// The VM's name; `-name` of the arguments when absent.
+        /// The VM's name; that of the description or `-name` of the arguments when absent.
         #[arg(long)]
         name: Option<String>,
-        /// Print the command line instead of running it.
+        /// Print the command line, as a shell reads it, instead of running it.
         #[arg(long)]
         dry_run: bool,
+        /// The VM's description, TOML.
+        #[arg(value_name = "FILE.toml", required_unless_present = "qemu", conflicts_with = "qemu")]
+        file: Option<PathBuf>,
         /// QEMU and its arguments.
-        #[arg(last = true, required = true)]
+        #[arg(last = true)]
         qemu: Vec<std::ffi::OsString>,
     },
     /// Prints the digests of files, as reference values.

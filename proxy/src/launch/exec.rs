@@ -31,22 +31,33 @@ impl Planned {
             return LaunchError::Running(self.name.clone(), self.socket.clone());
         }
         let Some((program, args)) = self.command.split_first() else { return LaunchError::Empty };
-        let source = Command::new(program).args(args).exec();
-        LaunchError::Io { path: program.into(), source }
+        let mut command = Command::new(program);
+        command.args(args);
+        if let Some(folder) = &self.folder {
+            command.current_dir(folder);
+        }
+        LaunchError::Io { path: program.into(), source: command.exec() }
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
-    use super::super::Launch;
+    use super::super::{HostVsock, Launch, TakenCids, VsockWish};
     use super::*;
 
     #[test]
     fn a_running_vm_keeps_its_monitor() {
         let dir = tempfile::tempdir().unwrap();
-        let command = vec!["qemu-system-x86_64".into()];
-        let launch = Launch { name: Some("x".to_owned()), dir: dir.path().to_owned(), command, host_vsock: false };
+        let launch = Launch {
+            name: Some("x".to_owned()),
+            dir: dir.path().to_owned(),
+            command: vec!["qemu-system-x86_64".into()],
+            vsock: VsockWish::Off,
+            host: HostVsock { device: false, taken: Ok(TakenCids::new()) },
+            folder: None,
+            notes: Vec::new(),
+        };
         let planned = launch.plan().unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(&planned.socket).unwrap();
         assert!(matches!(planned.exec(), LaunchError::Running(..)));

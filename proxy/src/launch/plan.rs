@@ -7,9 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use onequote_evidence::digest::sha256;
-
-use super::{LaunchError, exec::VHOST_VSOCK};
+use super::{
+    LaunchError,
+    cid::{self, TakenCids},
+    description::{Description, Wording},
+    exec::VHOST_VSOCK,
+};
 use crate::{measure::quoted, vm::is_valid_name};
 
 /// What to launch.
@@ -21,8 +24,46 @@ pub struct Launch {
     pub dir: PathBuf,
     /// QEMU's program and arguments.
     pub command: Vec<OsString>,
-    /// Whether the host's kernel offers vsock to guests. [`super::host_has_vsock`] tells.
-    pub host_vsock: bool,
+    /// The vsock device that is added where the arguments have none.
+    pub vsock: VsockWish,
+    /// What the host offers.
+    pub host: HostVsock,
+    /// Where QEMU is started; none for the folder of whoever launches.
+    pub folder: Option<PathBuf>,
+    /// What the user should know already.
+    pub notes: Vec<String>,
+}
+
+/// The vsock device that a VM is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VsockWish {
+    /// The kernel's, where the host has it; with this CID, or else a chosen one.
+    Where {
+        /// The CID.
+        cid: Option<u32>,
+    },
+    /// The kernel's, or the VM does not start.
+    Must {
+        /// The CID.
+        cid: Option<u32>,
+    },
+    /// None that launching adds.
+    Off,
+}
+
+impl Default for VsockWish {
+    fn default() -> Self {
+        Self::Where { cid: None }
+    }
+}
+
+/// What the host offers of vsock.
+#[derive(Debug, Clone)]
+pub struct HostVsock {
+    /// Whether its kernel offers vsock to guests. [`super::host_has_vsock`] tells.
+    pub device: bool,
+    /// CIDs that its VMs have, or why nobody knows. [`super::taken_cids`] tells.
+    pub taken: Result<TakenCids, String>,
 }
 
 /// A command line ready to run.
@@ -34,11 +75,34 @@ pub struct Planned {
     pub socket: PathBuf,
     /// QEMU's program and arguments.
     pub command: Vec<OsString>,
+    /// Where QEMU is started; none for the folder of whoever launches.
+    pub folder: Option<PathBuf>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
 
 impl Launch {
+    /// A VM by its description. `name` is a name given besides; `dir` the folder in which the proxy looks for monitors.
+    ///
+    /// # Errors
+    /// [`LaunchError`] when names differ, or KVM was asked for and does not work.
+    pub fn described(
+        description: &Description,
+        name: Option<String>,
+        dir: PathBuf,
+        host: HostVsock,
+    ) -> Result<Self, LaunchError> {
+        let own = description.name();
+        let name = match name {
+            Some(given) if description.has_name() && given != own => return Err(LaunchError::TwoNames(given, own)),
+            Some(given) => given,
+            None => own,
+        };
+        let Wording { command, vsock, notes } = description.wording(&name)?;
+        let folder = Some(description.folder().to_owned());
+        Ok(Self { name: Some(name), dir, command, vsock, host, folder, notes })
+    }
+
     /// Makes the command line.
     ///
     /// # Errors
@@ -65,7 +129,7 @@ impl Launch {
 
         let mut command = vec![program.clone()];
         command.extend_from_slice(args);
-        let mut notes = Vec::new();
+        let mut notes = self.notes.clone();
         if !given.stopped {
             command.push("-S".into());
         }
@@ -74,27 +138,62 @@ impl Launch {
         if !given.named {
             command.extend(["-name".into(), OsString::from(&name)]);
         }
-        if !given.vsock {
-            if self.host_vsock {
-                let bus = if given.microvm { "device" } else { "pci" };
-                command.extend(["-device".into(), format!("vhost-vsock-{bus},guest-cid={}", cid(&name)).into()]);
-            } else {
+        if !given.vsock
+            && let Some(cid) = self.cid(&name, &mut notes)?
+        {
+            let bus = if given.microvm { "device" } else { "pci" };
+            command.extend(["-device".into(), format!("vhost-vsock-{bus},guest-cid={cid}").into()]);
+        }
+        notes.push(format!("{name} waits until the proxy has measured it; `onequote-proxy status` shows it"));
+        Ok(Planned { name, socket, command, folder: self.folder.clone(), notes })
+    }
+
+    /// The CID of the vsock device to add; none to add no device.
+    fn cid(&self, name: &str, notes: &mut Vec<String>) -> Result<Option<u32>, LaunchError> {
+        let wanted = match self.vsock {
+            VsockWish::Off => return Ok(None),
+            VsockWish::Must { .. } if !self.host.device => return Err(LaunchError::NoVsock),
+            VsockWish::Where { .. } if !self.host.device => {
                 notes.push(format!(
                     "{VHOST_VSOCK} is not to be had and the arguments have no vsock device: the VM is measured at its \
                      start, but the programs that run in it will not be; see vhost-user-vsock in the operations manual"
                 ));
+                return Ok(None);
             }
+            VsockWish::Where { cid } | VsockWish::Must { cid } => cid,
+        };
+        let none = TakenCids::new();
+        let taken = match &self.host.taken {
+            Ok(taken) => taken,
+            Err(why) => {
+                notes.push(format!("nobody can say whether another VM has the CID: {why}; QEMU ends if one has"));
+                &none
+            }
+        };
+        if let Some(cid) = wanted {
+            return match cid::holder(taken, cid, name) {
+                Some(other) => Err(LaunchError::CidTaken(cid, other.to_owned())),
+                None => Ok(Some(cid)),
+            };
         }
-        notes.push(format!("{name} waits until the proxy has measured it; `onequote-proxy status` shows it"));
-        Ok(Planned { name, socket, command, notes })
+        let cid = cid::choose(name, taken).ok_or(LaunchError::NoCid)?;
+        let first = cid::candidate(name, 0);
+        if let Some(other) = cid::holder(taken, first, name) {
+            notes.push(format!("the VM's own CID {first} is that of {other}: it gets {cid}"));
+        }
+        Ok(Some(cid))
     }
 }
 
 impl Planned {
-    /// The command line as a shell reads it.
+    /// The command line as a shell reads it, with the way to its folder before it where it has one.
     #[must_use]
     pub fn command_line(&self) -> String {
-        self.command.iter().map(|a| quoted(&a.to_string_lossy())).collect::<Vec<_>>().join(" ")
+        let words: Vec<_> = self.command.iter().map(|a| quoted(&a.to_string_lossy())).collect();
+        match &self.folder {
+            Some(folder) => format!("cd {} && {}", quoted(&folder.to_string_lossy()), words.join(" ")),
+            None => words.join(" "),
+        }
     }
 }
 
@@ -178,13 +277,6 @@ fn monitor(socket: &Path) -> OsString {
     OsString::from_vec(option)
 }
 
-/// A CID for a VM: the same one each time, above those that people choose by hand. If another VM has it, QEMU says so.
-fn cid(name: &str) -> u32 {
-    let hash = sha256(&[b"onequote.cid.v1", name.as_bytes()]);
-    let [a, b, c, d, ..] = hash.0;
-    0x1000 + (u32::from_le_bytes([a, b, c, d]) & 0x3fff_ffff)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
@@ -192,7 +284,13 @@ mod tests {
 
     fn launch(name: Option<&str>, host_vsock: bool, args: &[&str]) -> Launch {
         let command = std::iter::once("qemu-system-x86_64").chain(args.iter().copied()).map(OsString::from).collect();
-        Launch { name: name.map(str::to_owned), dir: "/run/o/vms".into(), command, host_vsock }
+        let host = HostVsock { device: host_vsock, taken: Ok(TakenCids::new()) };
+        let (vsock, folder, notes) = (VsockWish::default(), None, Vec::new());
+        Launch { name: name.map(str::to_owned), dir: "/run/o/vms".into(), command, vsock, host, folder, notes }
+    }
+
+    fn cid(name: &str) -> u32 {
+        cid::candidate(name, 0)
     }
 
     #[test]
@@ -249,5 +347,26 @@ mod tests {
         assert!(error(Some("a"), &["-readconfig", "/nowhere"]).contains("/nowhere"));
         let empty = Launch { command: Vec::new(), ..launch(None, true, &[]) };
         assert!(matches!(empty.plan().unwrap_err(), LaunchError::Empty));
+    }
+    #[test]
+    fn a_taken_cid_is_not_used() {
+        let mut launch = launch(Some("web"), true, &[]);
+        launch.host.taken = Ok(TakenCids::from([(cid("web").into(), "db".to_owned()), (42, "mail".to_owned())]));
+        let planned = launch.plan().unwrap();
+        let second = cid::candidate("web", 1);
+        assert!(planned.command_line().ends_with(&format!("guest-cid={second}")), "{}", planned.command_line());
+        assert!(planned.notes[0].contains("that of db"), "{:?}", planned.notes);
+
+        launch.vsock = VsockWish::Where { cid: Some(42) };
+        let error = launch.plan().unwrap_err().to_string();
+        assert!(error.contains("42") && error.contains("mail"), "{error}");
+        launch.vsock = VsockWish::Must { cid: Some(43) };
+        assert!(launch.plan().unwrap().command_line().ends_with("guest-cid=43"));
+        launch.host.taken = Err("no proxy answers".to_owned());
+        assert!(launch.plan().unwrap().notes[0].contains("no proxy answers"));
+        launch.host.device = false;
+        assert!(matches!(launch.plan().unwrap_err(), LaunchError::NoVsock));
+        launch.vsock = VsockWish::Off;
+        assert!(!launch.plan().unwrap().command_line().contains("vsock"));
     }
 }

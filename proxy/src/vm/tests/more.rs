@@ -3,7 +3,7 @@
 use onequote_evidence::event::*;
 
 use super::{gate::bzimage, world::*};
-use crate::launch::Launch;
+use crate::launch::{HostVsock, Launch, TakenCids, VsockWish};
 
 fn started(body: &EventBody) -> Option<VmStart> {
     match body {
@@ -23,7 +23,15 @@ async fn a_launched_vm_with_a_ready_configuration() {
     let command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-readconfig"];
     let mut command: Vec<std::ffi::OsString> = command.iter().map(Into::into).collect();
     command.push(config.clone().into());
-    let launch = Launch { name: Some("web".into()), dir: world.path("vms"), command, host_vsock: false };
+    let launch = Launch {
+        name: Some("web".into()),
+        dir: world.path("vms"),
+        command,
+        vsock: VsockWish::Off,
+        host: HostVsock { device: false, taken: Ok(TakenCids::new()) },
+        folder: None,
+        notes: Vec::new(),
+    };
     let planned = launch.plan().unwrap();
     let _qemu = tokio::process::Command::new(&planned.command[0])
         .args(&planned.command[1..])
