@@ -10,6 +10,8 @@
 //! | `GET /v1/hosts` | array of `{id, state, time, expires, vms}`: `vms` counts states |
 //! | `GET /v1/hosts/{id}` | the verdict, as it holds now |
 //! | `POST /v1/hosts/{id}/attest` | a new verdict |
+//! | `GET /v1/hosts/{id}/expectations` | the host's part of the expectation tree |
+//! | `GET /v1/expectations` | `{digest, hosts}`: the root's digest, and `{id, digest}` of each host |
 //! | `GET /healthz` | 200 while the store answers |
 //!
 //! There is no authentication here yet: it listens on loopback unless told otherwise.
@@ -24,11 +26,14 @@ use axum::{
     routing::{get, post},
 };
 use serde::Serialize;
+use serde_json::json;
 use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle};
 
 use onequote_evidence::id::{HostId, TimeMs};
 
 use crate::{
+    expectation::{self, HostTree},
+    policy::Policy,
     result,
     round::{Fault, Verifier, faulty},
     store::{Store, StoreError},
@@ -170,6 +175,8 @@ fn router<S: Store>(server: Arc<Server<S>>) -> Router {
         .route("/v1/hosts", get(list::<S>))
         .route("/v1/hosts/{id}", get(show::<S>))
         .route("/v1/hosts/{id}/attest", post(attest::<S>))
+        .route("/v1/hosts/{id}/expectations", get(expectations::<S>))
+        .route("/v1/expectations", get(root::<S>))
         .route("/healthz", get(health::<S>))
         .with_state(server)
 }
@@ -209,6 +216,28 @@ async fn attest<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> R
     }
 }
 
+async fn expectations<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<HostTree>, ApiError> {
+    Ok(Json(tree(&server.verifier.store, &host_id(&id)?).await?))
+}
+
+async fn root<S: Store>(State(server): Shared<S>) -> Result<Json<serde_json::Value>, ApiError> {
+    let mut hosts = Vec::new();
+    for id in server.verifier.store.hosts().await? {
+        hosts.push(tree(&server.verifier.store, &id).await?);
+    }
+    let digest = expectation::root(&hosts);
+    let hosts: Vec<_> = hosts.into_iter().map(|host| json!({ "id": host.id, "digest": host.digest })).collect();
+    Ok(Json(json!({ "digest": digest, "hosts": hosts })))
+}
+
+/// A host's part of the expectation tree by the policy in force.
+async fn tree<S: Store>(store: &S, id: &HostId) -> Result<HostTree, ApiError> {
+    let host = store.host(id).await?;
+    let policy = host.policy.as_ref().map(|(_, text)| Policy::parse(text, "the policy in force")).transpose();
+    let policy = policy.map_err(|e| ApiError(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))?;
+    Ok(HostTree::new(id, &host.state, policy.as_ref()))
+}
+
 async fn health<S: Store>(State(server): Shared<S>) -> Result<&'static str, ApiError> {
     server.verifier.store.hosts().await?;
     Ok("ok\n")
@@ -229,7 +258,7 @@ impl From<StoreError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.0, Json(serde_json::json!({ "error": self.1 }))).into_response()
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
     }
 }
 
@@ -289,6 +318,13 @@ mod tests {
         let verdict: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(status, 200);
         assert_eq!(verdict["host"]["findings"][0]["code"], "unreachable");
+        let (status, body) = request(address, "GET /v1/hosts/h1/expectations").await;
+        let tree: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, &tree["id"], &tree["vms"]), (200, &"h1".into(), &json!([])));
+        let (_, body) = request(address, "GET /v1/expectations").await;
+        let root: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(root["hosts"], json!([{ "id": "h1", "digest": tree["digest"] }]));
+
         let (_, body) = request(address, "GET /v1/hosts").await;
         let list: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!((&list[0]["id"], &list[0]["state"]), (&"h1".into(), &"unreachable".into()));

@@ -231,6 +231,18 @@ codes! {
     VmRefused = "vm-refused", Policy,
         "The proxy did not let the VM run.",
         "Read the reason; repair the named part or the host's references.";
+    VmContinued = "vm-continued", History,
+        "Somebody let the VM run before it was measured and logged.",
+        "Find out who reached its monitor; stop the VM and start it again with no other monitor than the proxy's.";
+    LoadedDiffers = "loaded-differs", History,
+        "What lay in the VM's memory before it ran was not what the measured file holds.",
+        "Somebody exchanged the file while QEMU read it, or altered QEMU; look at the host before you start the VM again.";
+    MonitorImpostor = "monitor-impostor", History,
+        "Who answers at the VM's monitor is not the QEMU process that it claims to be.",
+        "Treat the host as hostile: somebody stands between QEMU and the proxy.";
+    SecondMonitor = "second-monitor", Policy,
+        "QEMU can be commanded past the proxy: it has another monitor or a debugger.",
+        "Take it off QEMU's arguments and use the intercept mode for tools, or allow it with monitors in the VM's rule.";
     ComponentQemuBinary = "component-qemu-binary", Policy,
         "The program that runs the VM is not one that the policy allows.",
         "If QEMU was updated on purpose, add its digest to the policy.";
@@ -273,6 +285,18 @@ codes! {
     ConfigChange = "config-change", Policy,
         "The VM was changed after it had been measured.",
         "If the change was made on purpose, allow changes in the VM's rule or start the VM anew.";
+    MediumChange = "medium-change", Policy,
+        "A removable medium was changed after the VM had been measured.",
+        "If that was on purpose, allow medium-change among the changes in the VM's rule.";
+    MonitorCommand = "monitor-command", Policy,
+        "A management tool gave the VM's monitor a command that the policy does not allow.",
+        "Find out who gave it; if it belongs there, name it among the commands in the VM's rule.";
+    SnapshotLoad = "snapshot-load", History,
+        "The VM was put back to a state saved before: what it did since is undone, and it may run what was not measured.",
+        "Start the VM anew, or allow rollback in the VM's rule.";
+    MigratedIn = "migrated-in", History,
+        "The VM's state came from elsewhere: what it runs was not started on this host.",
+        "Look at the verdict of the host that it came from; start the VM anew, or allow migration in the VM's rule.";
     RuntimeMissing = "runtime-missing", Policy,
         "The policy demands the guest's measurement list, but the guest never sent one.",
         "See whether the shim runs in the guest and its vsock device is there.";

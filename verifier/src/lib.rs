@@ -16,6 +16,7 @@ pub mod challenge;
 pub mod cli;
 pub mod client;
 pub mod enrol;
+pub mod expectation;
 pub mod finding;
 pub mod policy;
 pub mod result;

@@ -11,7 +11,10 @@ use onequote_evidence::{
     tpm::ClockInfo,
 };
 
-use crate::finding::{Class, Code, Finding};
+use crate::{
+    appraise::state::StartedImage,
+    finding::{Class, Code, Finding},
+};
 
 /// What no verdict claims; it stands in each.
 pub const LIMITS: &str = "Not claimed: that a guest whose kernel is already compromised tells the truth afterwards. \
@@ -22,6 +25,9 @@ const CLOCK_SLACK: u64 = 5_000;
 
 /// The most findings that are kept for the host or for one VM.
 pub const MAX_FINDINGS: usize = 200;
+
+/// The most notes that are kept: the newest.
+pub const MAX_NOTES: usize = 500;
 
 /// The state of a host or of a VM, from best to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -135,10 +141,23 @@ pub struct VmVerdict {
     pub entries: u64,
     /// Milliseconds since the guest's last word when the quote was made.
     pub last_contact: Option<u64>,
+    /// Images of this QEMU process' start, each with whose word it was held against.
+    #[serde(default)]
+    pub images: Vec<ImageLine>,
     /// What was found wrong.
     pub findings: Vec<Finding>,
     /// Findings that were left out because there were more than [`MAX_FINDINGS`].
     pub findings_omitted: u64,
+}
+
+/// An image that a VM was started from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageLine {
+    /// Where it is used.
+    pub slot: String,
+    /// The file's path on the host, its digest at the start, and where its expectation came from.
+    #[serde(flatten)]
+    pub started: StartedImage,
 }
 
 /// The quote that a verdict rests on.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use onequote_evidence::{
-    event::{Component, Role, VmStart},
+    event::{Component, RefuseCause, Role, VmStart},
     id::Sha256,
     statement::VmState,
 };
@@ -44,7 +44,13 @@ pub fn vm(present: &Present<'_>, rule: Option<&VmRule>) -> Vec<Finding> {
     let session = present.session;
     if let Some(refused) = session.and_then(|s| s.refused.as_ref()) {
         let item = if refused.item.is_empty() { "VM".to_owned() } else { refused.item.clone() };
-        findings.push(Finding::new(Code::VmRefused, item).actual(&refused.reason));
+        let code = match refused.cause {
+            RefuseCause::LoadedDiffers => Code::LoadedDiffers,
+            RefuseCause::Continued => Code::VmContinued,
+            RefuseCause::Impostor => Code::MonitorImpostor,
+            _ => Code::VmRefused,
+        };
+        findings.push(Finding::new(code, item).actual(&refused.reason));
     }
     findings.extend(measured(present, rule));
     let Some(rule) = rule else {

@@ -17,6 +17,7 @@
 //! The first failed step up to 5, and a log that is not the quoted one, end the appraisal: there is nothing left to
 //! look at. Later steps collect everything that they find. State is renewed only when the evidence itself is whole.
 
+mod changes;
 pub mod counters;
 pub mod freshness;
 pub mod guests;
@@ -248,7 +249,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     } else if !host_list.entries.is_empty() {
         skipped.push(Skipped::new("host-ima", "the policy has no allow list for the host"));
     }
-    let vms = verdict::vms(&present, policy, &mut dictionary, &guests, &mut skipped);
+    let vms = verdict::vms(&present, &sessions.tree, policy, &mut dictionary, &guests, &mut skipped);
 
     let state = authentic.then(|| HostState {
         accepted: Some(Accepted {

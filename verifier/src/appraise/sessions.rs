@@ -9,26 +9,23 @@ use std::collections::BTreeMap;
 use onequote_evidence::{
     cbor,
     event::{
-        Component, ConfigChange, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind,
-        Image, LogGap, VmRef, VmRefuse, VmStart,
+        Component, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind, Image, LogGap,
+        VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
     },
-    id::{Blob, SessionId, TimeMs, VmId},
+    id::{Blob, SessionId, VmId},
     record,
 };
 
 use super::{
-    images,
+    changes, images,
     log::VerifiedLog,
-    state::{ImageStatus, KnownSession, Tree, VmExpectation},
+    state::{ImageStatus, KnownSession, Place, Tree, VmExpectation},
 };
 use crate::{
     finding::{Code, Finding},
-    policy::{Consent, Policy, VmRule},
+    policy::{Policy, VmRule},
     result::MAX_FINDINGS,
 };
-
-/// What a change says it is about when the proxy could not measure what came of it.
-const UNMEASURED: &str = "unmeasured image";
 
 /// One QEMU process, as far as the log tells.
 #[derive(Debug, Clone)]
@@ -41,6 +38,8 @@ pub struct Session {
     pub start: Option<VmStart>,
     /// Whether that was measured before it ran.
     pub before: bool,
+    /// Other ways to command its QEMU than the proxy's monitor, when it was first seen.
+    pub monitors: Vec<String>,
     /// Why it was not let run.
     pub refused: Option<VmRefuse>,
     /// Whether it has ended.
@@ -83,7 +82,8 @@ pub struct Sessions {
 /// the host states them now.
 #[must_use]
 pub fn fold(log: &VerifiedLog, base: Tree, names: &BTreeMap<SessionId, String>, policy: &Policy) -> Sessions {
-    let mut fold = Fold { out: Sessions { tree: base, ..Sessions::default() }, names, policy };
+    let epoch = log.start().epoch.number;
+    let mut fold = Fold { out: Sessions { tree: base, ..Sessions::default() }, names, policy, epoch };
     for (recnum, event) in log.events() {
         fold.take(*recnum, event);
     }
@@ -95,29 +95,30 @@ struct Fold<'a> {
     out: Sessions,
     names: &'a BTreeMap<SessionId, String>,
     policy: &'a Policy,
+    /// The number of the log's epoch.
+    epoch: u64,
 }
 
 impl Fold<'_> {
     fn take(&mut self, recnum: u64, event: &Event) {
         let Some(vm) = event.vm else { return self.take_host(recnum, event) };
+        let by = Place { event: event.body.kind().to_owned(), time: event.time, epoch: self.epoch, record: recnum };
+        if let EventBody::VmDelete(delete) = &event.body {
+            return self.delete(vm, delete, &by);
+        }
         self.open(vm);
         if let EventBody::VmCreate(create) = &event.body {
-            self.vm(vm.vm).name.clone_from(&create.name);
-            if let Some(session) = self.out.by_id.get_mut(&vm.session) {
-                session.name.clone_from(&create.name);
-            }
-            return;
+            return self.create(vm, create, &by);
         }
         let name = self.out.by_id.get(&vm.session).map(|s| s.name.clone()).unwrap_or_default();
         let policy = self.policy;
         let rule = policy.rule(&name, vm.vm).map(|(_, rule)| rule);
         match &event.body {
-            EventBody::VmStart(start) => self.start(recnum, event.time, vm, start, rule),
+            EventBody::VmStart(start) => self.start(vm, start, rule, &by),
             EventBody::VmAttach(attach) => {
                 let start = VmStart { components: attach.components.clone(), images: attach.images.clone() };
-                self.attach(recnum, event.time, vm, start, attach.again, rule);
+                self.attach(vm, start, attach.again, rule, &by);
             }
-            EventBody::ConfigChange(change) => self.change(recnum, vm, change, rule),
             body => {
                 let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
                 let tree = self.out.tree.vms.entry(vm.vm).or_default();
@@ -126,7 +127,7 @@ impl Fold<'_> {
                         session.stopped = true;
                         session.unseen_since = None;
                         tree.session = None;
-                        images::stop(tree, vm.session, stop, event.time);
+                        images::stop(tree, vm.session, stop, &by);
                     }
                     EventBody::VmRefuse(refuse) => session.refused = Some(refuse.clone()),
                     EventBody::VmReset(_) => session.reboots += 1,
@@ -136,10 +137,36 @@ impl Fold<'_> {
                     }
                     EventBody::Unknown { kind, .. } => session.findings.push(unknown(recnum, kind)),
                     EventBody::VmPause(_) | EventBody::VmResume(_) | EventBody::GuestLost(_) => {}
-                    guest => guest_event(session, recnum, guest),
+                    other => {
+                        if !changes::take(session, tree, other, rule, &by, &mut self.out.notes) {
+                            guest_event(session, recnum, other);
+                        }
+                    }
                 }
             }
         }
+    }
+
+    fn create(&mut self, vm: VmRef, create: &VmCreate, by: &Place) {
+        self.vm(vm.vm).name.clone_from(&create.name);
+        let rule = self.policy.rule(&create.name, vm.vm).map(|(_, rule)| rule);
+        let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        session.name.clone_from(&create.name);
+        session.monitors.clone_from(&create.monitors);
+        for monitor in &create.monitors {
+            changes::monitor(session, monitor, rule, by, &mut self.out.notes);
+        }
+    }
+
+    /// A deletion speaks of a VM that has stopped, maybe in an epoch before this one.
+    fn delete(&mut self, vm: VmRef, delete: &VmDelete, by: &Place) {
+        let runs = self.out.by_id.iter().any(|(_, session)| session.vm == vm.vm && !session.stopped);
+        if runs {
+            let finding = Finding::new(Code::VmNotInLog, format!("{} (record {})", delete.name, by.record));
+            return self.out.findings.push(finding.expected("a VM that has stopped").actual("deleted while it ran"));
+        }
+        images::deleted(self.vm(vm.vm), &delete.images, by);
+        self.out.notes.push(format!("record {}: {} was deleted", by.record, delete.name));
     }
 
     fn take_host(&mut self, recnum: u64, event: &Event) {
@@ -181,6 +208,7 @@ impl Fold<'_> {
             // Until this log says that it was looked at again.
             unseen_since: known_start.is_some().then_some(0),
             start: known_start,
+            monitors: Vec::new(),
             refused: None,
             stopped: false,
             reboots: 0,
@@ -243,27 +271,26 @@ impl Fold<'_> {
     /// Judges the images of a start and notes that they are in use.
     fn take_over(
         &mut self,
-        recnum: u64,
-        time: TimeMs,
         vm: VmRef,
         images: &[Image],
         rule: Option<&VmRule>,
+        by: &Place,
         seen: images::Seen,
     ) -> Vec<Finding> {
-        let first = self.first_seen(recnum, vm, images, rule);
+        let first = self.first_seen(by.record, vm, images, rule);
         let unknown: Vec<String> = first.iter().map(|finding| finding.item.clone()).collect();
         let tree = self.vm(vm.vm);
-        let mut findings = images::start(tree, vm.session, images, rule, time, seen);
+        let mut findings = images::start(tree, vm.session, images, rule, by, seen);
         images::still_new(tree, images, &unknown);
         findings.extend(first);
         findings
     }
 
-    fn start(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: &VmStart, rule: Option<&VmRule>) {
-        let findings = self.take_over(recnum, time, vm, &start.images, rule, images::Seen::BeforeItRan);
+    fn start(&mut self, vm: VmRef, start: &VmStart, rule: Option<&VmRule>, by: &Place) {
+        let findings = self.take_over(vm, &start.images, rule, by, images::Seen::BeforeItRan);
         let known = Blob(cbor::encode(start));
         self.vm(vm.vm).session =
-            Some(KnownSession { session: vm.session, start: known, record: recnum, findings: Vec::new() });
+            Some(KnownSession { session: vm.session, start: known, record: by.record, findings: Vec::new() });
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
             session.unseen_since = None;
             session.findings.extend(findings);
@@ -273,41 +300,24 @@ impl Fold<'_> {
         }
     }
 
-    fn attach(&mut self, recnum: u64, time: TimeMs, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>) {
+    fn attach(&mut self, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>, by: &Place) {
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
         session.unseen_since = None;
         if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {
             let same = |a: &Image, b: &Image| (&a.slot, &a.path, a.read_only) == (&b.slot, &b.path, b.read_only);
             let exchanged = |image: &&Image| !first.images.iter().any(|before| same(before, image));
             let exchanged: Vec<Image> = start.images.iter().filter(exchanged).cloned().collect();
-            session.findings.extend(changed(recnum, first, &start));
+            session.findings.extend(changed(by.record, first, &start));
             // It ran on while its log ended and another began: nobody watched it in between, whatever came before.
             session.before &= again || !session.older;
             let tree = self.out.tree.vms.entry(vm.vm).or_default();
-            images::forget(tree, &exchanged, "it was exchanged while nobody watched");
+            images::forget(tree, &exchanged, "it was exchanged while nobody watched", by);
             return;
         }
-        let mut findings = self.take_over(recnum, time, vm, &start.images, rule, images::Seen::WhileItRan);
+        let mut findings = self.take_over(vm, &start.images, rule, by, images::Seen::WhileItRan);
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
             session.findings.append(&mut findings);
             session.start = Some(start);
-        }
-    }
-
-    fn change(&mut self, recnum: u64, vm: VmRef, change: &ConfigChange, rule: Option<&VmRule>) {
-        let tree = self.out.tree.vms.entry(vm.vm).or_default();
-        let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
-        let item = format!("{} (record {recnum})", change.what);
-        // What was not measured is not known to be allowed.
-        let unmeasured = change.what == UNMEASURED;
-        if !unmeasured && rule.is_some_and(|rule| rule.changes == Consent::Allowed) {
-            self.out.notes.push(format!("{}: {item} changed", session.name));
-            session.findings.extend(images::changed(tree, &change.images, rule));
-        } else {
-            images::forget(tree, &change.images, "it was changed while the VM ran");
-            let none_if_empty = |text: &str| if text.is_empty() { "nothing".to_owned() } else { text.to_owned() };
-            let finding = Finding::new(Code::ConfigChange, item).expected(none_if_empty(&change.before));
-            session.findings.push(finding.actual(none_if_empty(&change.after)));
         }
     }
 }

@@ -99,6 +99,9 @@ pub struct KnownSession {
 pub struct ImageExpectation {
     /// How it must be.
     pub now: ImageStatus,
+    /// How it was at its VM's last start, and by what that was judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<StartedImage>,
     /// Digests that the operator has accepted for the next start at which they are found; each serves once.
     #[serde(default)]
     pub accepted: Vec<FileDigest>,
@@ -118,6 +121,9 @@ pub enum ImageStatus {
     Left {
         /// So.
         digest: FileDigest,
+        /// Which event tells so.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<Place>,
     },
     /// A VM writes it.
     InUse {
@@ -133,21 +139,93 @@ pub enum ImageStatus {
     },
 }
 
+/// An image at its VM's last start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedImage {
+    /// The VM's QEMU process.
+    pub session: SessionId,
+    /// The file's path on the host.
+    pub path: String,
+    /// Its digest then.
+    pub digest: FileDigest,
+    /// Whether the VM may not write it.
+    pub read_only: bool,
+    /// Whose word it was held against.
+    pub origin: Origin,
+}
+
+/// Where an expectation came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "source", rename_all = "kebab-case")]
+pub enum Origin {
+    /// The policy names the digests.
+    Policy,
+    /// It was left so by the VM's last run.
+    Continuity {
+        /// The event that told it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<Place>,
+    },
+    /// The operator accepted this digest.
+    Operator,
+    /// There was none: it was taken as it was.
+    FirstSeen,
+    /// There was none that could be known.
+    Unknown {
+        /// Why.
+        why: String,
+    },
+}
+
+impl Origin {
+    /// The word for it.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::Continuity { .. } => "continuity",
+            Self::Operator => "operator",
+            Self::FirstSeen => "first-seen",
+            Self::Unknown { .. } => "unknown",
+        }
+    }
+}
+
+/// An event in a host's log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Its kind.
+    pub event: String,
+    /// When, by the host's clock.
+    pub time: TimeMs,
+    /// The number of the log's epoch.
+    #[serde(default)]
+    pub epoch: u64,
+    /// The number of its record.
+    #[serde(default)]
+    pub record: u64,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} in epoch {}, record {}", self.event, self.epoch, self.record)
+    }
+}
+
 /// What an image was at some time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PastImage {
     /// Its digest.
     pub digest: FileDigest,
     /// The event that told it.
-    pub event: String,
-    /// By the host's clock.
-    pub time: TimeMs,
+    #[serde(flatten)]
+    pub by: Place,
 }
 
 impl ImageExpectation {
     /// Keeps a past digest, and forgets the oldest when there are too many.
-    pub fn remember(&mut self, digest: FileDigest, event: &str, time: TimeMs) {
-        self.history.push(PastImage { digest, event: event.to_owned(), time });
+    pub fn remember(&mut self, digest: FileDigest, by: &Place) {
+        self.history.push(PastImage { digest, by: by.clone() });
         let surplus = self.history.len().saturating_sub(MAX_HISTORY);
         self.history.drain(..surplus);
     }

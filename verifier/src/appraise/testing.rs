@@ -130,6 +130,8 @@ pub(crate) struct World {
     pub(crate) host_ima: Vec<u8>,
     pub(crate) dictionary: Vec<Blob>,
     pub(crate) guests: Vec<Guest>,
+    /// Other monitors of VMs that are created from now on.
+    pub(crate) monitors: Vec<String>,
     pub(crate) policy: Option<String>,
     pub(crate) state: HostState,
     pub(crate) now: TimeMs,
@@ -209,6 +211,7 @@ impl World {
             host_ima: Vec::new(),
             dictionary: Vec::new(),
             guests: Vec::new(),
+            monitors: Vec::new(),
             policy: Some("[host]\n".into()),
             state: HostState::default(),
             now: TimeMs(5000),
@@ -275,7 +278,7 @@ impl World {
             accelerator: "tcg".into(),
             guest_cid: None,
             devices: Vec::new(),
-            monitors: Vec::new(),
+            monitors: self.monitors.clone(),
         };
         self.log(12, Some(vm_ref(n, session)), create);
         let vm = VmState {

@@ -15,11 +15,12 @@ use super::{
     inventory::Present,
     judge,
     signature::Quoted,
+    state::{ImageExpectation, Tree},
 };
 use crate::{
     finding::{Code, Finding},
     policy::Policy,
-    result::{HostVerdict, LIMITS, MAX_FINDINGS, QuoteInfo, Skipped, State, Verdict, VmVerdict},
+    result::{HostVerdict, ImageLine, LIMITS, MAX_FINDINGS, MAX_NOTES, QuoteInfo, Skipped, State, Verdict, VmVerdict},
 };
 
 /// The verdict on evidence of which nothing can be believed. VMs that were known stay named, and untrusted.
@@ -78,6 +79,11 @@ pub(super) fn whole(
     if !quoted.attest().clock.safe {
         notes.push("the TPM's clock may have been set back at its last reset".to_owned());
     }
+    let surplus = notes.len().saturating_sub(MAX_NOTES);
+    if surplus > 0 {
+        notes.drain(..=surplus);
+        notes.insert(0, format!("{} older notes were left out", surplus + 1));
+    }
     let (findings, findings_omitted) = cut(findings);
     Verdict {
         host: HostVerdict {
@@ -101,6 +107,7 @@ pub(super) fn whole(
 /// Judges every VM that is there.
 pub(super) fn vms(
     present: &[Present<'_>],
+    tree: &Tree,
     policy: &Policy,
     dictionary: &mut Dictionary<'_>,
     guests: &Guests<'_>,
@@ -142,9 +149,20 @@ pub(super) fn vms(
             vm.state = State::Untrusted;
         }
         (vm.findings, vm.findings_omitted) = cut(findings);
+        vm.images = images(tree, one.vm);
         out.push(vm);
     }
     out
+}
+
+/// The images of a QEMU process' start.
+fn images(tree: &Tree, vm: VmRef) -> Vec<ImageLine> {
+    let known = tree.vms.get(&vm.vm).into_iter().flat_map(|vm| &vm.images);
+    let line = |(slot, image): (&String, &ImageExpectation)| {
+        let started = image.started.clone().filter(|started| started.session == vm.session)?;
+        Some(ImageLine { slot: slot.clone(), started })
+    };
+    known.filter_map(line).collect()
 }
 
 /// A guest begins a new list only after its VM was reset. Only sessions that are whole in this log can be counted.
@@ -184,6 +202,7 @@ fn row(name: &str, vm: VmRef, state: State) -> VmVerdict {
         boots: 0,
         entries: 0,
         last_contact: None,
+        images: Vec::new(),
         findings: Vec::new(),
         findings_omitted: 0,
     }

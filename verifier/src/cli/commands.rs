@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use onequote_evidence::{stream::Head, tpm::Public};
+use onequote_evidence::{id::HostId, stream::Head, tpm::Public};
 use tokio::net::TcpListener;
 
 use super::{Cli, Command, Enrol, PolicyCommand, Verify, export, table};
@@ -16,6 +16,7 @@ use crate::{
     api::Server,
     appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
     enrol::{self, EnrolError, Identity},
+    expectation::{self, HostTree, VmTree},
     finding::{Class, Code, Finding},
     policy::{Policy, PolicyError, learn},
     result::{Skipped, State, Verdict},
@@ -117,6 +118,9 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
             }
             server.run(listener, stop_signal()).await?;
         }
+        Command::Expectations { host, vm, json } => {
+            expectations(&open(&state).await?, host, vm.as_deref(), json).await?;
+        }
         Command::Codes => {
             let mut out = String::from("| code | what it means | what to do |\n| --- | --- | --- |\n");
             for code in Code::ALL {
@@ -179,6 +183,32 @@ async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
         return say(&format!("{:#}\n", serde_json::Value::Array(list)));
     }
     say(&table::hosts(&hosts))
+}
+
+async fn expectations(store: &Sqlite, host: Option<HostId>, vm: Option<&str>, json: bool) -> Result<(), CliError> {
+    let ids = match host {
+        Some(host) => vec![host],
+        None => store.hosts().await?,
+    };
+    let mut hosts = Vec::new();
+    for id in ids {
+        let kept = store.host(&id).await?;
+        let policy = kept.policy.as_ref().map(|(_, text)| Policy::parse(text, "the policy in force")).transpose()?;
+        hosts.push(HostTree::new(&id, &kept.state, policy.as_ref()));
+    }
+    let root = expectation::root(&hosts);
+    if let Some(vm) = vm {
+        let fits = |tree: &VmTree| tree.name == vm || tree.uuid.to_string() == vm;
+        hosts.iter_mut().for_each(|host| host.vms.retain(fits));
+        if hosts.iter().all(|host| host.vms.is_empty()) {
+            return Err(CliError::Usage(format!("no VM called {vm} was ever seen on that host")));
+        }
+    }
+    if json {
+        let tree = serde_json::json!({ "digest": root, "hosts": hosts });
+        return say(&format!("{tree:#}\n"));
+    }
+    say(&table::expectations(&hosts))
 }
 
 async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {

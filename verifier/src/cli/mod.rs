@@ -63,6 +63,17 @@ pub enum Command {
         #[arg(long, default_value_t = 60)]
         timeout: u64,
     },
+    /// Show what disk images are expected to be at their VMs' next starts, whose word that is, and what they were
+    Expectations {
+        /// The host; all hosts unless given
+        host: Option<HostId>,
+        /// Only the VM of this name or UUID
+        #[arg(long, requires = "host")]
+        vm: Option<String>,
+        /// As JSON, with history
+        #[arg(long)]
+        json: bool,
+    },
     /// Appraise saved evidence; nothing is asked and nothing is kept
     Verify(Verify),
     /// Propose, check and set policies

@@ -6,7 +6,12 @@ use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
 
-use crate::{finding::Finding, result::Verdict, store::Host};
+use crate::{
+    expectation::{Expected, HostTree},
+    finding::Finding,
+    result::Verdict,
+    store::Host,
+};
 
 /// A verdict.
 pub(super) fn verdict(verdict: &Verdict) -> String {
@@ -79,6 +84,34 @@ pub(super) fn finding(finding: &Finding) -> String {
     }
     let _ = write!(out, "\n    → {}", finding.code.advice());
     out
+}
+
+/// What images are expected to be.
+pub(super) fn expectations(hosts: &[HostTree]) -> String {
+    let mut table = new_table();
+    table.set_header(["host", "VM", "image", "origin", "expected"]);
+    for host in hosts {
+        for vm in &host.vms {
+            for image in &vm.images {
+                let text = match &image.expected {
+                    Expected::Policy { digests } => {
+                        digests.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
+                    }
+                    Expected::Continuity { digest, by: Some(by) } => format!("{digest}, by {by}"),
+                    Expected::Continuity { digest, by: None } => digest.to_string(),
+                    Expected::InUse { broken: false } => "as this run will leave it".to_owned(),
+                    Expected::InUse { broken: true } => "what this run's start already broke".to_owned(),
+                    Expected::Unknown { why } => why.clone(),
+                    Expected::Nothing => "taken as it is when it is seen first".to_owned(),
+                    Expected::Absence => "the policy has no such image".to_owned(),
+                };
+                let origin = image.expected.word().to_owned();
+                let host = host.id.to_string();
+                table.add_row([host, printable(&vm.name), printable(&image.slot), origin, printable(&text)]);
+            }
+        }
+    }
+    if table.is_empty() { "No image was seen yet.\n".to_owned() } else { format!("{table}\n") }
 }
 
 /// The enrolled hosts.

@@ -94,6 +94,12 @@ fn rule(out: &mut String, facts: &Facts, vm: &VmState, session: &Session) {
     ] {
         part(out, start, key, role, default);
     }
+    for monitor in &session.monitors {
+        let _ = writeln!(out, "# QEMU can be commanded past the proxy: {}", comment(monitor));
+    }
+    if !session.monitors.is_empty() {
+        let _ = writeln!(out, "# To allow that: monitors = \"allowed\"");
+    }
     let entries = facts.entries.get(&vm.session).map(Vec::as_slice).unwrap_or_default();
     if entries.is_empty() {
         let _ = writeln!(out, "# The guest sent no measurement list; to demand one, write runtime = \"required\"");
@@ -187,7 +193,7 @@ fn quote(text: &str) -> String {
     for c in text.chars() {
         match c {
             '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => {
+            c if c.is_control() || is_hidden(c) => {
                 let _ = write!(out, "\\u{:04X}", u32::from(c));
             }
             c => out.push(c),
@@ -198,5 +204,11 @@ fn quote(text: &str) -> String {
 
 /// Text for a comment: what somebody else chose must not end the line.
 fn comment(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars().map(|c| if c.is_control() || is_hidden(c) { '?' } else { c }).collect()
+}
+
+/// Characters that change how the text around them is shown: direction marks and overrides, line separators, joiners
+/// of no width. All of them are below U+10000.
+fn is_hidden(c: char) -> bool {
+    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }

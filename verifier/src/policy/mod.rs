@@ -121,9 +121,21 @@ pub struct VmRule {
     /// Whether a VM that ran before it was measured is judged by what was measured then.
     #[serde(default)]
     pub attach: Consent,
-    /// Whether the VM may be changed while it runs.
+    /// Whether the VM may be changed while it runs, or in which ways.
     #[serde(default)]
-    pub changes: Consent,
+    pub changes: Changes,
+    /// Whether the VM may go back to a state saved before.
+    #[serde(default)]
+    pub rollback: Consent,
+    /// Whether the VM's state may come from, and go to, another QEMU or a file.
+    #[serde(default)]
+    pub migration: Consent,
+    /// Whether QEMU may have other monitors, or a debugger.
+    #[serde(default)]
+    pub monitors: Consent,
+    /// Patterns of commands that management tools may give to the VM's monitor.
+    #[serde(default = "harmless_commands")]
+    pub commands: Vec<Pattern>,
     /// Whether the guest must send its measurement list.
     #[serde(default)]
     pub runtime: Runtime,
@@ -160,6 +172,42 @@ pub enum Consent {
     Refused,
     /// It is noted only.
     Allowed,
+}
+
+/// Which changes to a running VM are allowed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Changes {
+    /// All or none.
+    All(Consent),
+    /// Those whose word (`device`, `image`, `medium-change`, …) fits one of these patterns.
+    Some(Vec<Pattern>),
+}
+
+impl Changes {
+    /// Whether a change is allowed.
+    #[must_use]
+    pub fn allow(&self, word: &str) -> bool {
+        match self {
+            Self::All(consent) => *consent == Consent::Allowed,
+            Self::Some(patterns) => patterns.iter().any(|pattern| pattern.fits(word)),
+        }
+    }
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self::All(Consent::Refused)
+    }
+}
+
+/// Commands whose effect is an event of its own, or none.
+const HARMLESS: [&str; 7] =
+    ["cont", "stop", "quit", "system_powerdown", "system_reset", "system_wakeup", "block-dirty-bitmap-*"];
+
+/// What `commands` is unless it is given.
+fn harmless_commands() -> Vec<Pattern> {
+    HARMLESS.iter().map(|name| Pattern((*name).to_owned())).collect()
 }
 
 /// Whether a guest's list is demanded.

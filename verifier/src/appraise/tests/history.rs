@@ -14,19 +14,19 @@ use onequote_evidence::{
 use super::*;
 
 /// `web` alone, with a writable disk that is `[5; 32]`.
-fn web() -> World {
+pub(super) fn web() -> World {
     let mut world = World::new();
     world.policy = Some(POLICY.into());
     start(&mut world, 1, 5);
     world
 }
 
-fn start(world: &mut World, session: u8, disk: u8) {
+pub(super) fn start(world: &mut World, session: u8, disk: u8) {
     world.start("web", 1, session, vec![image("disk0", disk, false), image("disk0/1", 6, true)]);
     world.entries(1, session, &[ima_entry("/bin/init", 1)]);
 }
 
-fn stop(world: &mut World, session: u8, disk: u8) {
+pub(super) fn stop(world: &mut World, session: u8, disk: u8) {
     world.stop(1, session, StopCause::GuestShutdown, vec![image("disk0", disk, false)]);
 }
 
@@ -235,29 +235,6 @@ fn refused_and_waiting_vms() {
     let appraisal = world.round();
     assert!(vm_codes(&appraisal, "web").contains(&Code::VmRefused));
     assert_eq!(vm_state(&appraisal, "web"), State::Untrusted);
-}
-
-#[test]
-fn changes_to_a_running_vm() {
-    let change = ConfigChange {
-        what: "device".into(),
-        before: String::new(),
-        after: "usb0:usb-storage".into(),
-        images: vec![image("usb0", 1, false)],
-    };
-    let mut world = web();
-    world.log(12, Some(vm_ref(1, 1)), change);
-    assert_eq!(vm_codes(&world.round(), "web"), [Code::ConfigChange]);
-    world.policy = Some(POLICY.replacen("runtime =", "changes = \"allowed\"\nruntime =", 1));
-    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnlisted]);
-    let change = ConfigChange {
-        what: "unmeasured image".into(),
-        before: String::new(),
-        after: "n: nbd://h (raw, writable)".into(),
-        images: vec![],
-    };
-    world.log(12, Some(vm_ref(1, 1)), change);
-    assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnlisted, Code::ConfigChange]);
 }
 
 #[test]

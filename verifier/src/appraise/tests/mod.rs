@@ -1,6 +1,7 @@
 //! Attacks: one for each code, tried on evidence that is true but for one thing.
 
 mod authenticity;
+mod changes;
 mod history;
 mod policy;
 
