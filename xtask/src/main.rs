@@ -41,6 +41,9 @@ enum Task {
         /// Write the numbers to this file.
         #[arg(long)]
         json: Option<PathBuf>,
+        /// Only benches whose name contains this; can be given more than once
+        #[arg(long, value_name = "PART")]
+        only: Vec<String>,
     },
     /// Fuzzes every parser, each for a while.
     Fuzz {
@@ -65,9 +68,9 @@ fn main() -> Result<ExitCode> {
             return steps::test(quick);
         }
         Task::Fuzz { seconds } => return steps::fuzz(seconds),
-        Task::Bench { json } => {
+        Task::Bench { json, only } => {
             setup::ensure()?;
-            return steps::bench(json.as_deref());
+            return steps::bench(json.as_deref(), &only);
         }
     }
     Ok(ExitCode::SUCCESS)

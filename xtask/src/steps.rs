@@ -30,13 +30,14 @@ pub(crate) fn demo(options: &[OsString]) -> Result<ExitCode> {
 }
 
 /// Builds for speed and runs the benches.
-pub(crate) fn bench(json: Option<&Path>) -> Result<ExitCode> {
+pub(crate) fn bench(json: Option<&Path>, only: &[String]) -> Result<ExitCode> {
     build(true)?;
     let mut command = cargo("run");
     command.args(["--quiet", "--release", "--package", "onequote-tests", "--bin", "bench", "--"]);
     if let Some(file) = json {
         command.arg("--json").arg(std::path::absolute(file)?);
     }
+    command.args(only.iter().flat_map(|part| ["--only", part]));
     pass_on(&mut command)
 }
 

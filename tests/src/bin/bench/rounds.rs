@@ -1,5 +1,3 @@
-//! The numbers that the project promises, measured on this machine: `cargo xtask bench [--json FILE]`.
-//!
 //! **A quote round** is one challenge of a verifier: TCP and TLS 1.3 handshake with both certificates, request, asking
 //! all guests for what is new, one extend, one quote, reading the log, the whole evidence stream back. Its time is the
 //! verifier's, minus the time that the TPM took for the commands of that round, measured at a relay between proxy and TPM.
@@ -9,21 +7,17 @@
 //! the guests compete with the proxy).
 //!
 //! **TPM commands a round** are counted in the software TPM's own log.
-#![allow(clippy::print_stdout)]
 
-use std::fs;
-use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use clap::Parser;
 use onequote_evidence::id::{HostId, Nonce};
 use onequote_tests::lab::{Bare, Guest, Machine, Options, Peer, TpmCommand, TpmRelay, VmSpec, World};
 use onequote_verifier::client::{self, Target};
 use onequote_verifier::enrol::{Identity, read_enrolment};
-use serde::Serialize;
 use tokio::runtime::Runtime;
+
+use crate::numbers::Numbers;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -41,86 +35,9 @@ const COUNTED_ROUNDS: u64 = 25;
 /// What a discrete TPM of the slower kind takes for a P-256 quote.
 const SLOW_QUOTE: Duration = Duration::from_millis(190);
 
-#[derive(Debug, Parser)]
-#[command(about = "Measures the numbers that the project promises")]
-struct Cli {
-    /// Write the numbers to this file.
-    #[arg(long)]
-    json: Option<PathBuf>,
-    /// Leave out what needs guests that really run.
-    #[arg(long)]
-    no_guests: bool,
-}
-
-/// One number. Without a target it is there to be known, and nothing has to hold.
-#[derive(Debug, Serialize)]
-struct Number {
-    name: String,
-    value: f64,
-    unit: &'static str,
-    target: Option<String>,
-    holds: Option<bool>,
-}
-
-#[derive(Debug, Default)]
-struct Numbers(Vec<Number>);
-
-impl Numbers {
-    fn below(&mut self, name: &str, value: f64, unit: &'static str, bound: f64) {
-        self.add(name, value, unit, Some(format!("< {bound}")), Some(value < bound));
-    }
-
-    fn at_most(&mut self, name: &str, value: f64, unit: &'static str, bound: f64) {
-        self.add(name, value, unit, Some(format!("<= {bound}")), Some(value <= bound));
-    }
-
-    fn exactly(&mut self, name: &str, value: f64, unit: &'static str, wanted: f64) {
-        self.add(name, value, unit, Some(format!("= {wanted}")), Some((value - wanted).abs() < f64::EPSILON));
-    }
-
-    fn known(&mut self, name: &str, value: f64, unit: &'static str) {
-        self.add(name, value, unit, None, None);
-    }
-
-    fn add(&mut self, name: &str, value: f64, unit: &'static str, target: Option<String>, holds: Option<bool>) {
-        let words = match (&target, holds) {
-            (Some(target), Some(true)) => format!("wanted {target}: holds"),
-            (Some(target), _) => format!("wanted {target}: DOES NOT HOLD"),
-            (None, _) => String::new(),
-        };
-        println!("{name:<44} {value:>12.3} {unit:<10} {words}");
-        self.0.push(Number { name: name.to_owned(), value, unit, target, holds });
-    }
-}
-
-fn main() -> Result<ExitCode> {
-    let cli = Cli::parse();
-    if cfg!(debug_assertions) {
-        eprintln!("bench: this is a debug build; `cargo xtask bench` measures a release build");
-    }
-    let mut numbers = Numbers::default();
-    shim_size(&mut numbers)?;
-    for vms in [1, 3] {
-        commands_per_round(&mut numbers, vms)?;
-    }
-    played_round(&mut numbers)?;
-    if !cli.no_guests {
-        real_round(&mut numbers)?;
-    }
-    if let Some(file) = &cli.json {
-        fs::write(file, serde_json::to_vec_pretty(&numbers.0)?)
-            .with_context(|| format!("writing {}", file.display()))?;
-    }
-    Ok(match numbers.0.iter().any(|number| number.holds == Some(false)) {
-        false => ExitCode::SUCCESS,
-        true => ExitCode::FAILURE,
-    })
-}
-
-fn shim_size(numbers: &mut Numbers) -> Result<()> {
-    let shim = &onequote_tests::lab::Assets::prepare()?.shim;
-    numbers.below("shim, static", fs::metadata(shim)?.len() as f64, "bytes", 1_200_000.0);
-    Ok(())
+/// Quotes and extends a round, for one and for three VMs.
+pub(crate) fn commands(numbers: &mut Numbers) -> Result<()> {
+    [1, 3].into_iter().try_for_each(|vms| commands_per_round(numbers, vms))
 }
 
 /// Quotes and extends a round, by the TPM's own log.
@@ -146,7 +63,7 @@ fn counts(world: &mut World) -> Result<(u64, u64)> {
     Ok((tpm.commands(TpmCommand::QUOTE)?, tpm.commands(TpmCommand::PCR_EXTEND)?))
 }
 
-fn played_round(numbers: &mut Numbers) -> Result<()> {
+pub(crate) fn played(numbers: &mut Numbers) -> Result<()> {
     let mut world = World::with(Options { no_count: true, ..Options::default() })?;
     let relay = TpmRelay::start(&mut world)?;
     world.start_enrolled()?;
@@ -156,7 +73,7 @@ fn played_round(numbers: &mut Numbers) -> Result<()> {
     Ok(())
 }
 
-fn real_round(numbers: &mut Numbers) -> Result<()> {
+pub(crate) fn real(numbers: &mut Numbers) -> Result<()> {
     let mut world = World::with(Options { no_count: true, ..Options::default() })?;
     let relay = TpmRelay::start(&mut world)?;
     world.start_enrolled()?;

@@ -1,0 +1,70 @@
+//! The numbers that the project promises, measured on this machine: `cargo xtask bench [--json FILE]`.
+#![allow(clippy::print_stdout)]
+
+mod numbers;
+mod rounds;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+
+use crate::numbers::Numbers;
+
+#[derive(Debug, Parser)]
+#[command(about = "Measures the numbers that the project promises")]
+struct Cli {
+    /// Write the numbers to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Leave out what needs guests that really run.
+    #[arg(long)]
+    no_guests: bool,
+    /// Only benches whose name contains this; can be given more than once.
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
+}
+
+type Bench = fn(&mut Numbers) -> Result<()>;
+
+/// Every bench by name, in the order in which they run.
+const BENCHES: [(&str, Bench); 4] = [
+    ("shim", shim_size),
+    ("commands", rounds::commands),
+    ("round-played", rounds::played),
+    ("round-guests", rounds::real),
+];
+
+/// Those that need guests that really run.
+const GUESTS: [&str; 1] = ["round-guests"];
+
+fn main() -> Result<ExitCode> {
+    let cli = Cli::parse();
+    if cfg!(debug_assertions) {
+        eprintln!("bench: this is a debug build; `cargo xtask bench` measures a release build");
+    }
+    let mut numbers = Numbers::default();
+    for (name, bench) in BENCHES {
+        let wanted = cli.only.is_empty() || cli.only.iter().any(|part| name.contains(part.as_str()));
+        if wanted && !(cli.no_guests && GUESTS.contains(&name)) {
+            println!("-- {name}");
+            bench(&mut numbers).with_context(|| format!("bench {name}"))?;
+        }
+    }
+    if let Some(file) = &cli.json {
+        fs::write(file, serde_json::to_vec_pretty(&numbers.0)?)
+            .with_context(|| format!("writing {}", file.display()))?;
+    }
+    Ok(match numbers.0.iter().any(|number| number.holds == Some(false)) {
+        false => ExitCode::SUCCESS,
+        true => ExitCode::FAILURE,
+    })
+}
+
+fn shim_size(numbers: &mut Numbers) -> Result<()> {
+    let shim = &onequote_tests::lab::Assets::prepare()?.shim;
+    numbers.below("shim, static", fs::metadata(shim)?.len() as f64, "bytes", 1_200_000.0);
+    Ok(())
+}
