@@ -66,7 +66,7 @@ words! {
         Equal = 0 "equal",
         /// Memory holds something else.
         Differs = 1 "differs",
-        /// QEMU hands the part over only later, so that memory cannot show it yet.
+        /// QEMU hands the part over only later, or where is not known, so that memory cannot show it.
         Hidden = 2 "hidden",
     }
 
@@ -138,7 +138,7 @@ words! {
         Initrd = 4 "initrd",
         /// The kernel's command line; the digest is SHA-256 of its bytes without NUL.
         KernelCmdline = 5 "kernel-cmdline",
-        /// Firmware given by `-bios` or the machine's default.
+        /// Firmware given by `-bios` or the machine's default, and option ROMs that machine and devices bring.
         Firmware = 6 "firmware",
     }
 
@@ -233,7 +233,8 @@ bodies! {
         #[n(3)] pub digest: FileDigest,
         /// The measured text itself, where it is text: command line and arguments.
         #[n(4)] pub text: Option<String>,
-        /// What memory says about it; none for what QEMU does not load into the guest's memory.
+        /// What memory says about it; none for what QEMU does not load into the guest's memory, and when the guest ran
+        /// already.
         #[n(5)] pub memory: Option<MemoryCheck>,
     }
 

@@ -7,6 +7,7 @@
 //! Configuration files (`-readconfig`) hold the same groups as `[group "id"]` and `key = "value"` lines.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -34,9 +35,33 @@ pub struct NamedFile {
     pub lookup: Lookup,
 }
 
-/// What an argument vector says about files.
+/// One option, or one group of a configuration file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Given {
+    /// The option's name without hyphens, or the group's: `kernel`, `machine`, `chardev`.
+    pub name: String,
+    /// The value as it stands; empty for groups of configuration files.
+    pub value: Vec<u8>,
+    /// The value's pairs. A group's id is one of them.
+    pub pairs: Vec<(String, Vec<u8>)>,
+}
+
+impl Given {
+    /// The last value of a key, as text.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<String> {
+        let pair = self.pairs.iter().rev().find(|(k, _)| k == key);
+        pair.map(|(_, value)| String::from_utf8_lossy(value).into_owned())
+    }
+}
+
+/// What an argument vector says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Arguments {
+    /// Every option with what stands behind it, and every group of configuration files, in their order.
+    pub given: Vec<Given>,
+    /// Names of all options, with and without value.
+    pub names: BTreeSet<String>,
     /// Files in the order of the arguments.
     pub files: Vec<NamedFile>,
     /// Configuration files among them, to be taken in by [`Arguments::add_config`].
@@ -50,9 +75,16 @@ impl Arguments {
     #[must_use]
     pub fn parse<S: AsRef<OsStr>>(args: &[S]) -> Self {
         let mut found = Self::default();
+        found.names.extend(args.iter().skip(1).filter_map(|arg| option_name(arg.as_ref())).map(str::to_owned));
         for pair in args.windows(2).skip(1) {
             let Some(name) = option_name(pair[0].as_ref()) else { continue };
             let value = pair[1].as_ref();
+            let pairs = if value.as_bytes().starts_with(b"{") {
+                json_pairs(value.as_bytes())
+            } else {
+                options(value.as_bytes(), implied_key(name))
+            };
+            found.given.push(Given { name: name.to_owned(), value: value.as_bytes().to_vec(), pairs: pairs.clone() });
             match name {
                 "L" => found.data_dirs.push(value.into()),
                 "readconfig" => {
@@ -60,18 +92,7 @@ impl Arguments {
                     found.configs.push(value.into());
                 }
                 "dtb" => found.add("-dtb", value.as_bytes(), Lookup::Path),
-                "device" if value.as_bytes().starts_with(b"{") => {
-                    let pairs = match serde_json::from_slice(value.as_bytes()) {
-                        Ok(Value::Object(map)) => map
-                            .into_iter()
-                            .filter_map(|(k, v)| v.as_str().map(|v| (k, v.as_bytes().to_vec())))
-                            .collect(),
-                        // QEMU does not start with it.
-                        _ => Vec::new(),
-                    };
-                    found.add_group(name, &pairs);
-                }
-                _ => found.add_group(name, &options(value.as_bytes(), implied_key(name))),
+                _ => found.add_group(name, &pairs),
             }
         }
         found
@@ -83,10 +104,12 @@ impl Arguments {
         let mut pairs = Vec::new();
         for line in text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii) {
             if let Some(head) = line.strip_prefix(b"[") {
-                self.add_group(&group, &pairs);
-                pairs.clear();
+                self.take_group(&group, &mut pairs);
                 let end = head.iter().position(|b| b" ]\t".contains(b)).unwrap_or(head.len());
                 group = String::from_utf8_lossy(&head[..end]).into_owned();
+                if let Some(id) = head[end..].split(|&b| b == b'"').nth(1) {
+                    pairs.push(("id".to_owned(), id.to_vec()));
+                }
                 if group == "acpi" {
                     "acpitable".clone_into(&mut group);
                 }
@@ -99,7 +122,26 @@ impl Arguments {
                 pairs.push((key, value.strip_suffix(b"\"").unwrap_or(value).to_vec()));
             }
         }
-        self.add_group(&group, &pairs);
+        self.take_group(&group, &mut pairs);
+    }
+
+    /// The values that the options `name` and the key `key` of `-machine` give, in order.
+    #[must_use]
+    pub fn of_machine(&self, name: &str, key: &str) -> Vec<String> {
+        let value = |given: &Given| match given.name.as_str() {
+            own if own == name && !given.value.is_empty() => Some(String::from_utf8_lossy(&given.value).into_owned()),
+            "machine" | "M" => given.get(key),
+            _ => None,
+        };
+        self.given.iter().filter_map(value).collect()
+    }
+
+    fn take_group(&mut self, group: &str, pairs: &mut Vec<(String, Vec<u8>)>) {
+        let pairs = std::mem::take(pairs);
+        self.add_group(group, &pairs);
+        if !group.is_empty() {
+            self.given.push(Given { name: group.to_owned(), value: Vec::new(), pairs });
+        }
     }
 
     /// Takes in one group of options, of whatever source.
@@ -140,7 +182,15 @@ pub(super) fn absolute(dir: &Path, name: &Path) -> PathBuf {
 /// `program` is QEMU's own path: its distribution's directories lie beside it.
 pub(super) fn in_data_dirs(dir: &Path, program: &Path, more: &[PathBuf], name: &Path) -> Option<PathBuf> {
     let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
-    let own = ["share/qemu", "share/seabios", "lib/ipxe/qemu", "share/qemu-kvm", "share/qemu-firmware"];
+    let own = [
+        "share/qemu",
+        "share/seabios",
+        "lib/ipxe/qemu",
+        "share/qemu-kvm",
+        "share/qemu-firmware",
+        "share/ipxe/qemu",
+        "share/seavgabios",
+    ];
     let given = more.iter().map(|d| absolute(dir, &d.join(name)));
     let built_in = own.iter().map(|d| prefix.join(d).join(name));
     std::iter::once(absolute(dir, name)).chain(given).chain(built_in).find(|path| path.exists())
@@ -159,8 +209,19 @@ fn implied_key(option: &str) -> &'static str {
         "option-rom" => "romfile",
         "plugin" => "file",
         "machine" | "M" => "type",
+        "chardev" => "backend",
+        "mon" => "chardev",
+        "name" => "guest",
+        "accel" => "accel",
         _ => "",
     }
+}
+
+/// The pairs of a value in JSON. Of one that is none there are none: QEMU does not start with it.
+fn json_pairs(text: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let Ok(Value::Object(map)) = serde_json::from_slice(text) else { return Vec::new() };
+    let pair = |(key, value): (String, Value)| value.as_str().map(|value| (key, value.as_bytes().to_vec()));
+    map.into_iter().filter_map(pair).collect()
 }
 
 fn is_loader(pairs: &[(String, Vec<u8>)]) -> bool {

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use onequote_evidence::event::RefuseCause;
+
 use crate::qmp::QmpError;
 
 /// An item that could not be measured.
@@ -40,6 +42,12 @@ pub enum MeasureErrorKind {
     /// The path names another file than the one that QEMU opened.
     #[error("the path no longer names a file that QEMU holds open: it was replaced or removed")]
     NotHeld,
+    /// The guest's memory does not hold at this address what the file holds.
+    #[error("is not what QEMU loaded: guest memory holds something else at {0:#x}; start QEMU again")]
+    LoadedDiffers(u64),
+    /// QEMU has another file mapped.
+    #[error("is not the file that QEMU has mapped: the path was exchanged; start QEMU again")]
+    NotMapped,
     /// There is no way to measure it.
     #[error("cannot be measured: {0}")]
     Unsupported(String),
@@ -52,6 +60,17 @@ impl MeasureError {
     /// Whether QEMU's monitor is at fault, not the item.
     pub(crate) fn is_monitor(&self) -> bool {
         matches!(self.kind, MeasureErrorKind::Qmp(_))
+    }
+
+    /// What a VM is refused for.
+    pub(crate) fn cause(&self) -> RefuseCause {
+        match self.kind {
+            MeasureErrorKind::LoadedDiffers(_) | MeasureErrorKind::NotMapped => RefuseCause::LoadedDiffers,
+            MeasureErrorKind::Changed | MeasureErrorKind::ChangedSinceStart | MeasureErrorKind::NotHeld => {
+                RefuseCause::Changed
+            }
+            _ => RefuseCause::Unmeasurable,
+        }
     }
 
     /// An error about an item and a file.

@@ -10,6 +10,8 @@
 //! is let run such a file, and every symbolic link on the way to it, must also be as old as its QEMU, by ctime, which
 //! programs cannot set: else QEMU may have read something else.
 //!
+//! What QEMU loaded into the guest's memory, or has mapped, is then compared with the file: see `loaded`.
+//!
 //! # What this can't see
 //! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with
 //! one another after QEMU opened both, each file is measured, but under the other's slot. A folder on a path that is
@@ -24,11 +26,13 @@ mod cli;
 mod digest;
 mod error;
 mod file;
+mod loaded;
 mod machine;
 pub(crate) mod process;
+mod roms;
 mod vm;
 
-pub use args::{Arguments, Lookup, NamedFile};
+pub use args::{Arguments, Given, Lookup, NamedFile};
 pub use blocks::{BlockGraph, Leaf};
 pub use cli::measure_files;
 pub use digest::{Digester, Progress};

@@ -19,6 +19,9 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// The longest argument vector in bytes (the kernel's own limit is a quarter of the stack, 2 MiB by default).
 const MAX_ARGUMENTS: u64 = 8 * 1024 * 1024;
 
+/// The longest list of mappings in bytes.
+const MAX_MAPS: u64 = 16 * 1024 * 1024;
+
 /// Clock ticks a second in `/proc`: part of the kernel's interface on x86 and ARM, whatever its own rate.
 pub(crate) const TICKS: u64 = 100;
 
@@ -106,6 +109,28 @@ impl Process {
     /// When the process is gone, or has more than 8 MiB of them.
     pub fn arguments(&self) -> io::Result<Vec<OsString>> {
         arguments(self.pid)
+    }
+
+    /// Opens its memory for reading. Needs more rights than looking at its files (`PTRACE_MODE_ATTACH_FSCREDS`).
+    ///
+    /// # Errors
+    /// When the process is gone, or its memory not ours to read.
+    pub fn open_memory(&self) -> io::Result<File> {
+        File::open(self.path("mem"))
+    }
+
+    /// The text of `/proc/PID/maps`.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at, or has more than 16 MiB of it.
+    pub fn maps(&self) -> io::Result<Vec<u8>> {
+        use std::io::Read as _;
+        let mut text = Vec::new();
+        File::open(self.path("maps"))?.take(MAX_MAPS + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > MAX_MAPS {
+            return Err(io::Error::other(format!("process {} has more than {MAX_MAPS} bytes of maps", self.pid)));
+        }
+        Ok(text)
     }
 
     /// Its working directory.

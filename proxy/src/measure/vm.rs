@@ -18,10 +18,10 @@ use onequote_evidence::{
 use tokio::io::AsyncReadExt;
 
 use super::{
-    Arguments, BlockGraph, Digester, Held, Leaf, Lookup, Machine, MeasureError, MeasureErrorKind, MeasuredFile,
-    Process,
+    Arguments, BlockGraph, Digester, Held, Leaf, Lookup, MeasureError, MeasureErrorKind, MeasuredFile, Process,
     args::{absolute, in_data_dirs},
     file::{measure_open, measure_path, newest_link, open},
+    loaded, roms,
 };
 use crate::qmp::Qmp;
 
@@ -69,6 +69,13 @@ impl Kept {
     }
 }
 
+/// A measured part, still open.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) component: Component,
+    pub(super) file: Arc<File>,
+}
+
 /// Measures one VM's parts.
 pub struct VmMeter<'a> {
     /// The VM's monitor.
@@ -87,15 +94,29 @@ impl VmMeter<'_> {
     /// # Errors
     /// The first item that could not be measured.
     pub async fn measure(&self) -> Result<Measurement, MeasureError> {
-        let mut components = self.program_and_arguments().await?;
-        components.extend(self.loaded().await?);
+        let given = self.given().await?;
+        let mut components = self.program_and_arguments(&given).await?;
+        components.extend(self.loaded(&given).await?);
+        let roms = self.option_roms(&given, &components).await?;
+        components.extend(roms);
         let leaves = self.leaves(&[]).await?;
         let (images, kept) = self.measure_leaves(&leaves).await?;
         Ok(Measurement { components, images, kept, leaves })
     }
 
+    /// QEMU's arguments, with the configuration files that they name.
+    async fn given(&self) -> Result<Arguments, MeasureError> {
+        let args = self.process.arguments().map_err(|e| MeasureError::of(Role::Arguments.word(), e))?;
+        let dir = self.working_dir()?;
+        let mut given = Arguments::parse(&args);
+        for config in given.configs.clone() {
+            given.add_config(&read_config(&absolute(&dir, &config)).await?);
+        }
+        Ok(given)
+    }
+
     /// QEMU's program, its arguments and the files that they name.
-    async fn program_and_arguments(&self) -> Result<Vec<Component>, MeasureError> {
+    async fn program_and_arguments(&self, given: &Arguments) -> Result<Vec<Component>, MeasureError> {
         let role = Role::QemuBinary;
         let program = self.program()?;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), &program, kind);
@@ -108,48 +129,38 @@ impl VmMeter<'_> {
         components.push(arguments_component(&args));
 
         let dir = self.working_dir()?;
-        let mut found = Arguments::parse(&args);
-        for config in found.configs.clone() {
-            let path = absolute(&dir, &config);
-            found.add_config(&read_config(&path).await?);
-        }
         let mut seen = Vec::new();
-        for named in &found.files {
+        for named in &given.files {
             let role = Role::ArgumentFile;
             let path = match named.lookup {
                 Lookup::Path => absolute(&dir, &named.name),
-                Lookup::DataDirs => in_data_dirs(&dir, &program, &found.data_dirs, &named.name)
+                Lookup::DataDirs => in_data_dirs(&dir, &program, &given.data_dirs, &named.name)
                     .ok_or_else(|| MeasureError::new(role.word(), &named.name, MeasureErrorKind::NotFound))?,
             };
             if !seen.contains(&path) {
-                components.push(self.by_path(role, &path).await?);
+                let part = self.by_path(role, &path).await?;
+                components.push(self.named(part, named).await?);
                 seen.push(path);
             }
         }
         Ok(components)
     }
 
-    /// What QEMU's machine loads: kernel, initrd, command line, firmware.
-    async fn loaded(&self) -> Result<Vec<Component>, MeasureError> {
-        let machine = Machine::ask(self.qmp).await.map_err(|e| MeasureError::of("machine", e))?;
-        let dir = self.working_dir()?;
-        let mut components = Vec::new();
-        for (role, name) in [(Role::Kernel, &machine.kernel), (Role::Initrd, &machine.initrd)] {
-            if !name.is_empty() {
-                components.push(self.by_path(role, &absolute(&dir, Path::new(name))).await?);
-            }
-        }
-        if !machine.kernel.is_empty() || !machine.append.is_empty() {
-            components.push(text_component(Role::KernelCmdline, machine.append.as_bytes(), &machine.append));
-        }
-        if !machine.firmware.is_empty() {
-            let role = Role::Firmware;
-            let name = Path::new(&machine.firmware);
-            let args = self.process.arguments().map_err(|e| MeasureError::of(role.word(), e))?;
-            let dirs = Arguments::parse(&args).data_dirs;
-            let path = in_data_dirs(&dir, &self.program()?, &dirs, name)
+    /// Option ROMs that are not among the parts yet.
+    async fn option_roms(&self, given: &Arguments, parts: &[Component]) -> Result<Vec<Component>, MeasureError> {
+        let role = Role::Firmware;
+        let names = roms::ask(self.qmp).await.map_err(|e| MeasureError::of("option ROMs", e))?;
+        let (dir, program) = (self.working_dir()?, self.program()?);
+        let mut components: Vec<Component> = Vec::new();
+        for name in names {
+            let name = Path::new(&name);
+            let path = in_data_dirs(&dir, &program, &given.data_dirs, name)
                 .ok_or_else(|| MeasureError::new(role.word(), name, MeasureErrorKind::NotFound))?;
-            components.push(self.by_path(role, &path).await?);
+            let shown = path.to_string_lossy();
+            if !parts.iter().chain(&components).any(|part| part.path == shown) {
+                let part = self.by_path(role, &path).await?;
+                components.push(self.compared(part, loaded::Place::Hidden).await?);
+            }
         }
         Ok(components)
     }
@@ -249,14 +260,21 @@ impl VmMeter<'_> {
         Ok((shown.unwrap_or_else(|_| PathBuf::from(&leaf.name)), first))
     }
 
-    async fn by_path(&self, role: Role, path: &Path) -> Result<Component, MeasureError> {
+    pub(super) async fn by_path(&self, role: Role, path: &Path) -> Result<Part, MeasureError> {
         let measured = measure_path(self.digester, path, None).await;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), path, kind);
         let measured = measured.map_err(fail)?;
-        if !self.hot && self.changed_since_start(path, &measured.file).map_err(|e| fail(e.into()))? {
-            return Err(fail(MeasureErrorKind::ChangedSinceStart));
+        let part = Part { component: file_component(role, path, &measured), file: measured.file };
+        if !self.hot {
+            self.must_be_older(&part).map_err(fail)?;
         }
-        Ok(file_component(role, path, &measured))
+        Ok(part)
+    }
+
+    /// A file that QEMU read must not have changed since QEMU was started.
+    pub(super) fn must_be_older(&self, part: &Part) -> Result<(), MeasureErrorKind> {
+        let changed = self.changed_since_start(Path::new(&part.component.path), &part.file)?;
+        if changed { Err(MeasureErrorKind::ChangedSinceStart) } else { Ok(()) }
     }
 
     fn changed_since_start(&self, path: &Path, file: &File) -> io::Result<bool> {
@@ -268,11 +286,11 @@ impl VmMeter<'_> {
         Ok(changed > self.process.started()? + START_SLACK)
     }
 
-    fn program(&self) -> Result<PathBuf, MeasureError> {
+    pub(super) fn program(&self) -> Result<PathBuf, MeasureError> {
         self.process.program().map_err(|e| MeasureError::of(Role::QemuBinary.word(), e))
     }
 
-    fn working_dir(&self) -> Result<PathBuf, MeasureError> {
+    pub(super) fn working_dir(&self) -> Result<PathBuf, MeasureError> {
         self.process.working_dir().map_err(|e| MeasureError::of("working directory", e))
     }
 }
@@ -302,7 +320,7 @@ fn file_component(role: Role, path: &Path, measured: &MeasuredFile) -> Component
     Component { role, path, size: measured.size, digest: measured.digest, text: None, memory: None }
 }
 
-fn text_component(role: Role, bytes: &[u8], text: &str) -> Component {
+pub(super) fn text_component(role: Role, bytes: &[u8], text: &str) -> Component {
     Component {
         role,
         path: String::new(),

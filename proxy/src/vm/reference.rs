@@ -109,8 +109,11 @@ impl References {
         ];
         for (role, allowed) in roles {
             let Some(allowed) = allowed else { continue };
-            let component = component(found, role)?;
-            digest_fits(role.word(), &component.path, component.digest, allowed)?;
+            component(found, role)?;
+            // Option ROMs are firmware, too.
+            for component in found.components.iter().filter(|c| c.role == role) {
+                digest_fits(role.word(), &component.path, component.digest, allowed)?;
+            }
         }
         if let Some(allowed) = &entry.cmdline {
             let component = component(found, Role::KernelCmdline)?;

@@ -58,7 +58,7 @@ impl Session {
         match measured {
             Ok(measurement) if gate => self.let_run(measurement).await,
             Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
-            Err(e) => self.refuse(RefuseCause::Unmeasurable, e.to_string(), e.item).await,
+            Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
         }
     }
 

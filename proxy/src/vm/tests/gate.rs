@@ -8,21 +8,21 @@ use tokio::io::AsyncWriteExt;
 use super::world::*;
 use crate::vm::*;
 
-fn refused(body: &EventBody) -> Option<VmRefuse> {
+pub(super) fn refused(body: &EventBody) -> Option<VmRefuse> {
     match body {
         EventBody::VmRefuse(e) => Some(e.clone()),
         _ => None,
     }
 }
 
-fn started(body: &EventBody) -> Option<VmStart> {
+pub(super) fn started(body: &EventBody) -> Option<VmStart> {
     match body {
         EventBody::VmStart(e) => Some(e.clone()),
         _ => None,
     }
 }
 
-async fn is_still_stopped(world: &World, monitor: &str) {
+pub(super) async fn is_still_stopped(world: &World, monitor: &str) {
     let status = world.monitor(monitor).await.execute(qapi::qmp::query_status {}).await.unwrap();
     assert_eq!(status.status, qapi::qmp::RunState::prelaunch);
     assert_eq!(world.registry().vms[0].stage, Stage::Refused);
@@ -101,6 +101,12 @@ async fn everything_is_measured_in_one_record_before_it_runs() {
     assert_eq!(named.iter().map(|c| c.path.as_str()).collect::<Vec<_>>(), [path("vm.cfg"), path("blob")]);
     assert_eq!(named[0].digest.to_string(), sha256_of(&config));
     assert_eq!(named[1].digest.to_string(), sha256_of(&blob));
+    let memory = |role: Role| by_role(role).memory;
+    assert_eq!((memory(Role::QemuBinary), memory(Role::Arguments), named[0].memory), (None, None, None));
+    // A bzImage, an initrd and what fw_cfg hands over are not in the guest's memory yet; firmware is.
+    let hidden = Some(MemoryCheck::Hidden);
+    assert_eq!((memory(Role::Kernel), memory(Role::Initrd), named[1].memory), (hidden, hidden, hidden));
+    assert_eq!(memory(Role::Firmware), Some(MemoryCheck::Equal));
 
     let images: Vec<_> =
         start.images.iter().map(|i| (i.slot.as_str(), i.path.clone(), i.format.as_str(), i.read_only)).collect();
@@ -127,13 +133,15 @@ async fn firmware_in_flash_is_an_image() {
     let (code, vars) = (flash(0, "readonly=on,file=code.fd"), flash(1, "file=vars.fd"));
     let _qemu = world.qemu("uefi", &["-S", "-M", "q35", "-drive", &code, "-drive", &vars]);
     let start = world.log.wait(started).await;
-    assert!(start.components.iter().all(|c| c.role != Role::Firmware));
+    // The machine's own option ROM, but no other firmware.
+    let firmware: Vec<_> = start.components.iter().filter(|c| c.role == Role::Firmware).collect();
+    assert!(firmware.len() == 1 && firmware[0].path.ends_with("/kvmvapic.bin"), "{firmware:?}");
     let images: Vec<_> = start.images.iter().map(|i| (i.slot.as_str(), i.read_only)).collect();
     assert_eq!(images, [("pflash0", true), ("pflash1", false)]);
 }
 
 /// Starts a waiting QEMU whose monitor the manager sees only after something happened to its files.
-async fn refused_after(world: &World, args: &[&str], happens: impl FnOnce()) -> VmRefuse {
+pub(super) async fn refused_after(world: &World, args: &[&str], happens: impl FnOnce()) -> VmRefuse {
     let _qemu = world.qemu_elsewhere("late.qmp", args);
     drop(world.monitor("late.qmp").await);
     happens();

@@ -4,5 +4,6 @@
 
 mod gate;
 mod life;
+mod loaded;
 mod more;
 mod world;

@@ -52,6 +52,8 @@ async fn a_launched_vm_with_a_ready_configuration() {
             (Role::Initrd, "initrd"),
             (Role::KernelCmdline, ""),
             (Role::Firmware, "qboot.rom"),
+            (Role::Firmware, "kvmvapic.bin"),
+            (Role::Firmware, "linuxboot_dma.bin"),
         ]
     );
     assert_eq!(start.components[2].digest.to_string(), sha256_of(&config));
