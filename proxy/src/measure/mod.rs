@@ -15,7 +15,8 @@
 //! # What this can't see
 //! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with
 //! one another after QEMU opened both, each file is measured, but under the other's slot. A folder on a path that is
-//! exchanged as a whole between QEMU's reading and ours leaves the ctime of its files alone.
+//! exchanged as a whole between QEMU's reading and ours leaves the ctime of its files alone: that is seen where memory
+//! or a mapping shows what QEMU has, and not for a bzImage and for what is handed over through fw_cfg.
 //! Disks that are no block nodes (nvdimm, vhost-user-blk, virtiofs, 9p) are seen as devices and arguments only.
 //!
 //! Nothing is skipped: what cannot be read, or is no local file, is an error that names the item.
