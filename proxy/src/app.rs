@@ -131,15 +131,18 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let (room, writer) = guest::open(config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
         .map_err(io_error(config.guests_dir().display().to_string()))?;
 
+    let mut watched = vm::Config::new(config.host_id.clone(), boot_id, config.vms_dir());
+    watched.extra = config.monitors.iter().map(|m| (m.name.clone(), m.socket.clone())).collect();
     let manager = Manager::start(
-        vm::Config::new(config.host_id.clone(), boot_id, config.vms_dir()),
+        watched,
         Arc::new(LogSink { log: log.clone(), role: PcrRole::Vm }),
         now,
         references,
         Arc::clone(&inventory),
     )
-    .map_err(io_error(config.vms_dir().display().to_string()))?;
+    .map_err(io_error("the folder of a monitor"))?;
     let registry = manager.registry().clone();
+    let commanded = registry.clone();
 
     let mut tasks: JoinSet<Result<(), AppError>> = JoinSet::new();
     let directory = Arc::new(Directory(registry.clone()));
@@ -163,8 +166,10 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let status: Arc<dyn StatusSource> =
         Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room });
     let doors = Doors { attest, status };
-    let admin = (config.admin_socket(), doors.clone());
-    tasks.spawn(async move { serve_admin(&admin.0, admin.1).await.map_err(io_error("the proxy's own socket")) });
+    let (admin, admin_doors) = (config.admin_socket(), doors.clone());
+    tasks.spawn(async move {
+        serve_admin(&admin, admin_doors, commanded).await.map_err(io_error("the proxy's own socket"))
+    });
     // Nobody is answered before it is known which VMs there are: a host must not look complete because it was asked early.
     tokio::select! {
         () = async { manager.settled().await; manager.scan().await } => {}

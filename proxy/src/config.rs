@@ -13,6 +13,11 @@ use onequote_evidence::{
 };
 use serde::Deserialize;
 
+use crate::vm::is_valid_name;
+
+/// A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
+const MAX_SOCKET_PATH: usize = 107;
+
 /// The configuration file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,6 +46,9 @@ pub struct Config {
     pub verifiers: Vec<Verifier>,
     /// References that a VM must match to be started.
     pub enforce: Option<Enforce>,
+    /// Monitors of VMs elsewhere than in the watched folder.
+    #[serde(default, rename = "monitor")]
+    pub monitors: Vec<Monitor>,
     /// Guests.
     #[serde(default)]
     pub guest: Guest,
@@ -65,6 +73,16 @@ pub struct Verifier {
     pub name: String,
     /// Its certificate, PEM.
     pub certificate: PathBuf,
+}
+
+/// The monitor of one VM.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Monitor {
+    /// The VM's name.
+    pub name: String,
+    /// The socket. Its folder must be there when the proxy starts.
+    pub socket: PathBuf,
 }
 
 /// Local enforcement.
@@ -177,9 +195,38 @@ impl Config {
                 return bad(key, format!("{} is not an absolute path", dir.display()));
             }
         }
+        self.check_monitors(path)?;
         // A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
         if self.vms_dir().as_os_str().len() > 80 {
             return bad("run_dir", "is too long: sockets of VMs in it would not fit 107 bytes".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_monitors(&self, path: &Path) -> Result<(), ConfigError> {
+        let bad = |key, why: String| Err(ConfigError::Value { path: path.to_owned(), key, why });
+        for (n, Monitor { name, socket }) in self.monitors.iter().enumerate() {
+            let shown = socket.display();
+            if !is_valid_name(name) {
+                let rule = "1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first";
+                return bad("monitor.name", format!("{name:?} is no name for a VM: {rule}"));
+            }
+            if !socket.is_absolute() {
+                return bad("monitor.socket", format!("{shown} is not an absolute path"));
+            }
+            if socket.as_os_str().len() > MAX_SOCKET_PATH {
+                return bad("monitor.socket", format!("{shown} is longer than {MAX_SOCKET_PATH} bytes"));
+            }
+            if socket.parent() == Some(&self.vms_dir()) {
+                return bad("monitor.socket", format!("{shown} is in the watched folder, where it is found anyway"));
+            }
+            let before = &self.monitors[..n];
+            if before.iter().any(|other| other.name == *name) {
+                return bad("monitor.name", format!("{name:?} is there twice"));
+            }
+            if before.iter().any(|other| other.socket == *socket) {
+                return bad("monitor.socket", format!("{shown} is there twice"));
+            }
         }
         Ok(())
     }
@@ -261,6 +308,25 @@ mod tests {
         assert!(err.contains("proxy.toml") && err.contains("tctl"), "{err}");
         let err = read(&format!("enforec = 1\n{LEAST}")).unwrap_err().to_string();
         assert!(err.contains("enforec"), "{err}");
+    }
+
+    #[test]
+    fn monitors_are_named_once_and_elsewhere() {
+        let monitor = |name: &str, socket: &str| format!("[[monitor]]\nname = {name:?}\nsocket = {socket:?}\n");
+        let both = monitor("a", "/run/a/qmp") + &monitor("b", "/run/b/qmp");
+        assert_eq!(read(&format!("{LEAST}{both}")).unwrap().monitors.len(), 2);
+        for (more, words) in [
+            (monitor("c/d", "/run/c"), ["monitor.name", "c/d"]),
+            (monitor("c", "run/c"), ["monitor.socket", "absolute"]),
+            (monitor("c", &format!("/{}", "x".repeat(107))), ["monitor.socket", "107"]),
+            (monitor("c", "/run/onequote/vms/c.qmp"), ["monitor.socket", "watched folder"]),
+            (monitor("a", "/run/c"), ["monitor.name", "twice"]),
+            (monitor("c", "/run/b/qmp"), ["monitor.socket", "twice"]),
+            (monitor("c", "/run/c") + "path = 1\n", ["path", "socket"]),
+        ] {
+            let err = read(&format!("{LEAST}{both}{more}")).unwrap_err().to_string();
+            assert!(words.iter().all(|word| err.contains(word)), "{words:?}: {err}");
+        }
     }
 
     #[test]

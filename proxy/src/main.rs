@@ -1,13 +1,16 @@
 //! The program; everything is in the library.
 #![allow(clippy::print_stdout, reason = "a command's answer goes to standard output")]
 
-use std::{ffi::OsString, io, path::Path, process::ExitCode};
+use std::{ffi::OsString, io, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::Parser as _;
 use onequote_proxy::{
     app,
-    cli::{Cli, Command, export_ima, ignore_closed_pipe, print_log, print_status},
+    cli::{
+        Cli, Command, End, VmCommandError, end_vm, export_ima, ignore_closed_pipe, list_vms, print_log, print_status,
+        retry_vm,
+    },
     config::Config,
     launch::{Description, HostVsock, Launch, VsockWish, host_has_vsock, taken_cids},
     measure,
@@ -24,7 +27,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("onequote-proxy: {e:#}");
-            ExitCode::FAILURE
+            let code = e.downcast_ref::<VmCommandError>().map(VmCommandError::exit_code);
+            code.map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }
 }
@@ -43,6 +47,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run => Ok(runtime()?.block_on(app::run(config))?),
         Command::Launch { name, dry_run, file, qemu } => start_vm(&config, name, dry_run, file.as_deref(), qemu),
         Command::Measure { .. } => Ok(()),
+        Command::List { json } => {
+            match runtime()?.block_on(list_vms(&config.admin_socket(), json, &mut io::stdout().lock())) {
+                Err(VmCommandError::Io(e)) => Ok(ignore_closed_pipe(Err(e))?),
+                other => Ok(other?),
+            }
+        }
+        Command::Stop { vm, timeout } => end(&config, &vm, End::PowerDown, timeout),
+        Command::Kill { vm, timeout } => end(&config, &vm, End::Quit, timeout),
+        Command::Retry { vm } => {
+            Ok(runtime()?.block_on(retry_vm(&config.admin_socket(), &vm, &mut io::stderr().lock()))?)
+        }
         Command::Status { json } => {
             let printed = runtime()?.block_on(print_status(&config.admin_socket(), json, &mut io::stdout().lock()));
             Ok(ignore_closed_pipe(printed)?)
@@ -86,6 +101,11 @@ fn start_vm(
         return Ok(());
     }
     Err(planned.exec().into())
+}
+
+fn end(config: &Config, vm: &str, end: End, seconds: u64) -> anyhow::Result<()> {
+    let limit = Duration::from_secs(seconds);
+    Ok(runtime()?.block_on(end_vm(&config.admin_socket(), vm, end, limit, &mut io::stderr().lock()))?)
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

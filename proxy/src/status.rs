@@ -7,7 +7,7 @@ use std::{
 
 use onequote_evidence::{
     event::Depth,
-    id::{Epoch, HostId, SessionId, VmId},
+    id::{Epoch, HostId, SessionId, TimeMs, VmId},
 };
 use serde::Serialize;
 
@@ -59,6 +59,8 @@ pub struct VmStatus {
     pub session: SessionId,
     /// QEMU's process id.
     pub pid: u32,
+    /// When it was started, in milliseconds since 1970, where that is known.
+    pub since: Option<TimeMs>,
     /// QEMU's run state.
     pub run_state: String,
     /// Where it is in its life.
@@ -110,6 +112,7 @@ impl StatusSource for LiveStatus {
                 uuid: vm.vm.vm,
                 session: vm.vm.session,
                 pid: vm.pid,
+                since: vm.since,
                 run_state: vm.run_state,
                 stage: vm.stage,
                 depth: vm.depth,

@@ -3,6 +3,7 @@
 mod log;
 mod printable;
 mod status;
+mod vms;
 
 use std::{io, path::PathBuf};
 
@@ -10,6 +11,7 @@ use clap::{Parser, Subcommand};
 
 pub use log::print_log;
 pub use status::{export_ima, print_status};
+pub use vms::{End, VmCommandError, end_vm, list_vms, retry_vm};
 
 /// Measures the VMs of a QEMU host into its TPM and answers verifiers with one quote for all of them.
 #[derive(Debug, Parser)]
@@ -53,6 +55,33 @@ pub enum Command {
         /// Files.
         #[arg(required = true)]
         files: Vec<PathBuf>,
+    },
+    /// Lists the VMs that the running proxy manages.
+    List {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Asks a VM's guest to power down, and waits until the VM has ended and that is logged.
+    Stop {
+        /// The VM's name or UUID.
+        vm: String,
+        /// How many seconds to wait; 0 not to wait.
+        #[arg(long, default_value_t = 90)]
+        timeout: u64,
+    },
+    /// Ends a VM's QEMU without asking its guest.
+    Kill {
+        /// The VM's name or UUID.
+        vm: String,
+        /// How many seconds to wait for its end to be logged; 0 not to wait.
+        #[arg(long, default_value_t = 90)]
+        timeout: u64,
+    },
+    /// Looks again at a VM that was not let run, and lets it run if nothing is wrong with it any more.
+    Retry {
+        /// The VM's name or UUID.
+        vm: String,
     },
     /// Shows what the running proxy watches.
     Status {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -37,6 +37,26 @@ pub struct Qmp {
     peer: Option<u32>,
     version: [i64; 3],
     _tasks: Arc<Tasks>,
+}
+
+/// The way to an open monitor, which does not keep it open.
+#[derive(Clone)]
+pub struct WeakQmp {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+    limits: Limits,
+    peer: Option<u32>,
+    version: [i64; 3],
+    tasks: Weak<Tasks>,
+}
+
+impl WeakQmp {
+    /// The monitor, if somebody has it open.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<Qmp> {
+        let Self { shared, outgoing, limits, peer, version, tasks } = self.clone();
+        Some(Qmp { shared, outgoing, limits, peer, version, _tasks: tasks.upgrade()? })
+    }
 }
 
 impl Qmp {
@@ -84,6 +104,13 @@ impl Qmp {
         };
         qmp.execute(qapi::qmp::qmp_capabilities { enable: None }).await?;
         Ok((qmp, Events(queue)))
+    }
+
+    /// A way to it that does not keep it open.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakQmp {
+        let Self { shared, outgoing, limits, peer, version, _tasks } = self.clone();
+        WeakQmp { shared, outgoing, limits, peer, version, tasks: Arc::downgrade(&_tasks) }
     }
 
     /// The process id of QEMU as the kernel knows it (`SO_PEERCRED`).

@@ -27,7 +27,7 @@ mod tests;
 
 use std::time::Duration;
 
-pub use connection::Qmp;
+pub use connection::{Qmp, WeakQmp};
 pub use error::QmpError;
 pub use events::{Event, Events};
 

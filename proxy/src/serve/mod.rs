@@ -5,11 +5,17 @@
 //!   exporter of this very connection (RFC 9266), so that evidence relayed over another connection does not answer it.
 //! - `GET /v1/status` → JSON.
 //!
-//! The Unix socket, for root only, has `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
+//! The Unix socket, for its owner only:
+//! - `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
+//! - `POST /v1/vms/{VM}/power-down`, `…/quit`, `…/retry` → JSON of the VM as it was when it was asked; 404 when there is
+//!   no such VM, 409 when it cannot do that now, 502 when its monitor fails.
+//! - `GET /v1/sessions/{SESSION}?wait_ms=N` → JSON of the VM as soon as it is gone (`null`), at the latest after the wait.
 
 mod admin;
+mod client;
 mod patience;
 mod tls;
+mod vms;
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -24,7 +30,8 @@ use axum::{
 use onequote_evidence::{id::Nonce, stream::MEDIA_TYPE};
 use serde::Deserialize;
 
-pub use admin::{ask, serve_admin};
+pub use admin::serve_admin;
+pub use client::{AskError, ask, ask_json, tell};
 pub use tls::{Peer, TlsListener};
 
 use crate::{

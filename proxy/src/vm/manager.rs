@@ -320,6 +320,9 @@ async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<(
     if !is_valid_name(&name) {
         return trouble(format!("{name:?} is no name for a VM: 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first"));
     }
+    if let Some((_, named)) = env.config.extra.iter().find(|(other, socket)| *other == name && *socket != path) {
+        return trouble(format!("the configuration says that {name} has the monitor {}", named.display()));
+    }
     while socket_id(&path) == Some(id) {
         match Qmp::connect(&path, &env.config.limits).await {
             Ok(monitor) => match Session::meet(Arc::clone(&env), name.clone(), path.clone(), monitor).await {
@@ -389,6 +392,7 @@ fn ending(session: &OpenSession) -> LiveVm {
         vm: session.vm,
         name: session.name.clone(),
         pid: session.pid,
+        since: None,
         depth: Depth::Observe,
         stage: Stage::Ending,
         logged: true,

@@ -34,6 +34,7 @@
 
 mod change;
 mod compare;
+mod control;
 mod facts;
 mod life;
 mod manager;
@@ -48,6 +49,7 @@ mod tests;
 mod unmanaged;
 mod watch;
 
+pub use control::ControlError;
 pub use manager::{Config, Manager};
 pub use open::{OpenSession, open_sessions};
 pub use reference::{Mismatch, ReferenceError, References};

@@ -8,12 +8,12 @@ use std::{
 
 use onequote_evidence::{
     event::{Depth, VmRef},
-    id::VmId,
+    id::{TimeMs, VmId},
 };
 use serde::Serialize;
 use tokio::sync::{Notify, broadcast};
 
-use super::UnmanagedProcess;
+use super::{UnmanagedProcess, control::Control};
 
 /// Notices that wait for one receiver. Who falls behind looks at [`Registry::snapshot`].
 const NOTICES: usize = 1024;
@@ -34,6 +34,18 @@ pub enum Stage {
     Ending,
 }
 
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Measuring => "measuring",
+            Self::Watched => "watched",
+            Self::Refused => "refused",
+            Self::MonitorLost => "monitor-lost",
+            Self::Ending => "ending",
+        })
+    }
+}
+
 /// One session of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LiveVm {
@@ -44,6 +56,8 @@ pub struct LiveVm {
     pub name: String,
     /// QEMU's process id.
     pub pid: u32,
+    /// When its QEMU was started, where that is known.
+    pub since: Option<TimeMs>,
     /// How it is watched.
     pub depth: Depth,
     /// Where it is in its life.
@@ -121,6 +135,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inner {
     vms: BTreeMap<VmRef, LiveVm>,
+    controls: BTreeMap<VmRef, Control>,
     sockets: BTreeMap<PathBuf, SocketTrouble>,
     unmanaged: Vec<UnmanagedProcess>,
     /// Processes behind monitors, those among them that are not in `vms` yet, too.
@@ -212,8 +227,24 @@ impl Registry {
 
     /// Takes a session out.
     pub(super) fn leave(&self, vm: VmRef) {
-        self.lock().vms.remove(&vm);
+        let mut inner = self.lock();
+        inner.vms.remove(&vm);
+        inner.controls.remove(&vm);
+        drop(inner);
         self.shared.left.notify_waiters();
+    }
+
+    /// Makes a session reachable for people.
+    pub(super) fn offer(&self, vm: VmRef, control: Control) {
+        self.lock().controls.insert(vm, control);
+    }
+
+    pub(super) fn control_of(&self, vm: &LiveVm) -> Option<Control> {
+        self.lock().controls.get(&vm.vm).cloned()
+    }
+
+    pub(super) fn stage(&self, vm: VmRef) -> Option<Stage> {
+        self.lock().vms.get(&vm).map(|status| status.stage)
     }
 
     /// Notes that a process has a monitor, and so is not unmanaged.

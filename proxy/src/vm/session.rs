@@ -3,12 +3,12 @@
 use std::{
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use onequote_evidence::{
     event::{Depth, GapReason, Image, LogGap, StopCause, VmRef, VmReset, VmStop},
-    id::VmId,
+    id::{TimeMs, VmId},
 };
 use tokio::{
     sync::mpsc,
@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    control::Retry,
     facts::Facts,
     manager::Env,
     outbox::Outbox,
@@ -70,6 +71,9 @@ pub(super) struct Session {
     pub(super) last_reset: Option<VmReset>,
     pub(super) unlogged_resets: u64,
     _met: Met,
+    /// Retries that people ask for, and where they ask.
+    retries: mpsc::Receiver<Retry>,
+    pub(super) asks: mpsc::Sender<Retry>,
     /// Held until the log says that the VM is there, if it runs; see [`super::Manager::settled`].
     pub(super) meeting: Option<mpsc::Sender<()>>,
 }
@@ -89,6 +93,7 @@ impl Session {
         let facts = Facts::ask(&qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
+        let (asks, retries) = mpsc::channel(1);
         let outbox = Outbox::new(vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
         Ok(Self {
             env,
@@ -114,6 +119,8 @@ impl Session {
             last_reset: None,
             unlogged_resets: 0,
             _met: met,
+            retries,
+            asks,
             meeting: None,
         })
     }
@@ -121,6 +128,7 @@ impl Session {
     /// Lives until the process has ended and that is logged.
     pub(super) async fn live(mut self) {
         let known = self.env.take_known(self.vm.session);
+        self.offer_control();
         self.created = known.is_some();
         let occasion = if known.is_some() { Occasion::ProxyDown } else { Occasion::First };
         self.expected = known.map(|k| k.images).unwrap_or_default();
@@ -143,6 +151,7 @@ impl Session {
                     let _ = timeout(STATE_TIMEOUT, rest).await;
                     break;
                 }
+                Some(answer) = self.retries.recv() => self.retry(answer).await,
                 _ = tick.tick() => {
                     if let Some(reset) = self.last_reset.take() {
                         self.reset(reset);
@@ -186,6 +195,7 @@ impl Session {
             let Ok(facts) = Facts::ask(&qmp).await else { continue };
             (self.qmp, self.events, self.facts) = (qmp, events, facts);
             self.error = None;
+            self.offer_control();
             let occasion = if self.created { Occasion::MonitorLost } else { Occasion::First };
             self.assess(occasion).await;
             return true;
@@ -265,6 +275,7 @@ impl Session {
             vm: self.vm,
             name: self.name.clone(),
             pid: self.process.pid(),
+            since: self.process.started().ok().map(time_ms),
             depth: self.depth,
             stage,
             logged: false,
@@ -275,4 +286,9 @@ impl Session {
             error: self.error.clone(),
         }
     }
+}
+
+fn time_ms(time: SystemTime) -> TimeMs {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    TimeMs(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -20,6 +20,8 @@ pub(super) enum Occasion {
     ProxyDown,
     /// Its monitor was lost and found.
     MonitorLost,
+    /// It was refused, and somebody asks to look again.
+    Retry,
 }
 
 impl Session {
@@ -104,7 +106,7 @@ impl Session {
                 reason: GapReason::ProxyDown,
                 detail: format!("{} was there while the proxy was not; it is measured again", self.name),
             }),
-            Occasion::MonitorLost => {}
+            Occasion::MonitorLost | Occasion::Retry => {}
         }
         self.created = true;
     }

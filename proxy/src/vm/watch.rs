@@ -41,7 +41,8 @@ impl Watch {
         let parents = extra.iter().filter_map(|(_, path)| path.parent());
         for folder in std::iter::once(dir).chain(parents) {
             let mask = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::DELETE | WatchMask::MOVED_FROM;
-            inotify.watches().add(folder, mask)?;
+            let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", folder.display()));
+            inotify.watches().add(folder, mask).map_err(named)?;
         }
         #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
         // SAFETY: `Inotify` owns one descriptor, which it neither closes nor exchanges before it is dropped.

@@ -98,6 +98,38 @@ impl World {
         Ok(Bare { name: name.to_owned(), folder, monitor: own, qemu })
     }
 
+    /// Puts the files of a bare VM in place, and its description, `NAME.toml`. `keys` are further keys before the tables,
+    /// `tables` further tables.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    pub fn describe_bare(&self, name: &str, keys: &str, tables: &str) -> Result<PathBuf> {
+        let folder = self.prepare_bare(name)?;
+        let path = folder.join(name).with_extension("toml");
+        let text = format!(
+            "memory = \"32M\"\naccelerator = \"tcg\"\n\
+             arguments = [\"-qmp\", \"unix:{}/own.qmp,server=on,wait=off\"]\n{keys}\n\
+             [firmware]\nbios = \"halt.bin\"\n[[disk]]\npath = \"disk.img\"\nformat = \"raw\"\n{tables}\n",
+            folder.display()
+        );
+        fs::write(&path, text)?;
+        Ok(path)
+    }
+
+    /// Launches a VM by its description.
+    ///
+    /// # Errors
+    /// The launch cannot be started. That QEMU does not start shows in [`Bare::qemu`].
+    pub fn launch_bare(&self, description: &Path) -> Result<Bare> {
+        let name = description.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let folder = description.parent().unwrap_or(Path::new("/")).to_owned();
+        let mut command = Command::new(&self.assets().proxy);
+        command.arg("--config").arg(self.proxy_config()).arg("launch").arg(description);
+        let qemu = Process::spawn(&format!("QEMU of {name}"), &command, &folder.join("qemu.log"), false)?;
+        let monitor = folder.join("own.qmp");
+        Ok(Bare { name, folder, monitor, qemu })
+    }
+
     /// Where the proxy listens for the shim of the VM called `name`, if it listens on Unix sockets.
     #[must_use]
     pub fn guest_socket(&self, name: &str) -> PathBuf {
