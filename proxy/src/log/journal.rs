@@ -1,7 +1,10 @@
 //! The recorder's work, one step after the other: recovery, appends, quotes. No thread and no queue here, so that
 //! tests can stop it between any two steps.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Instant,
+};
 
 use onequote_evidence::{
     event::{Event, GapReason, LogGap, ProxyStart},
@@ -18,6 +21,7 @@ use super::{
     LogHead, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
     StoreError, TpmFactory, TpmInfo,
     index::Index,
+    pace::Pace,
     recovery::{self, Continue, Extend, Plan, TpmState},
 };
 use crate::{
@@ -46,6 +50,7 @@ pub(super) struct Journal {
     state: watch::Sender<Option<State>>,
     /// `TPM2_Quote` commands since the start.
     quotes: u64,
+    pace: Pace,
 }
 
 /// Log and registers in agreement.
@@ -89,7 +94,8 @@ impl Journal {
             return Err(RecorderError::BadRegisters(vm, guest));
         }
         let (state, _) = watch::channel(None);
-        let mut journal = Self { config, store, open_tpm, live: None, announced: false, state, quotes: 0 };
+        let mut journal =
+            Self { config, store, open_tpm, live: None, announced: false, state, quotes: 0, pace: Pace::default() };
         journal.recover()?;
         if !journal.announced {
             journal.announce()?;
@@ -100,6 +106,11 @@ impl Journal {
     /// What the recorder shows of itself.
     pub(super) fn subscribe(&self) -> watch::Receiver<Option<State>> {
         self.state.subscribe()
+    }
+
+    /// How long the TPM is to rest before the next extend.
+    pub(super) fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     /// The logs, for reading.
@@ -185,8 +196,10 @@ impl Journal {
                 }
             }
             let extend = Extend::from(&record);
+            let began = Instant::now();
             match live.tpm.extend(extend.pcr, &extend.digests) {
                 Ok(()) => {
+                    self.pace.extended(began, Instant::now());
                     live.replay.apply(&record).map_err(RecorderError::Damaged)?;
                     live.end += bytes.len() as u64;
                     self.fold(|inventory| events.iter().for_each(|event| inventory.apply(event)));

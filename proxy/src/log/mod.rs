@@ -37,6 +37,7 @@ mod error;
 mod file;
 mod index;
 mod journal;
+mod pace;
 mod recorder;
 mod recovery;
 mod store;

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
 use onequote_evidence::{
@@ -283,6 +284,9 @@ impl Worker {
             {
                 self.pending.push_back(request);
             }
+            if self.rests() {
+                continue;
+            }
             match self.pending.pop_front() {
                 Some(Request::Append(first)) => self.append(first),
                 Some(Request::Quote { prepare, reply }) => {
@@ -294,6 +298,16 @@ impl Worker {
                 None => {}
             }
         }
+    }
+
+    /// Lets the TPM rest for a moment, unless there is something that cannot wait. Whether it did.
+    fn rests(&self) -> bool {
+        // A full queue gathers nothing more.
+        if self.pending.len() >= MAX_REQUESTS || !self.pending.iter().all(|r| matches!(r, Request::Append(_))) {
+            return false;
+        }
+        let step = self.journal.pace().step(Instant::now());
+        step.inspect(|step| thread::sleep(*step)).is_some()
     }
 
     /// One record for the first append and all others of its register that came before the next quote and fit in.

@@ -20,6 +20,7 @@ mod console;
 mod image;
 mod logview;
 mod machine;
+pub mod monitor_double;
 mod peer;
 mod process;
 mod proxy;

@@ -49,6 +49,8 @@ struct State {
     lose: Option<(TpmCommand, Loss)>,
     away: bool,
     spent: BTreeMap<TpmCommand, (u64, Duration)>,
+    /// Commands that take longer than they do.
+    delays: BTreeMap<TpmCommand, Duration>,
 }
 
 impl TpmRelay {
@@ -86,6 +88,11 @@ impl TpmRelay {
     /// From the next command of this code on, the TPM is away.
     pub fn lose(&self, command: TpmCommand, loss: Loss) {
         self.shared.state().lose = Some((command, loss));
+    }
+
+    /// From now on commands of this code take `longer`, as those of a slower TPM do.
+    pub fn delay(&self, command: TpmCommand, longer: Duration) {
+        self.shared.state().delays.insert(command, longer);
     }
 
     /// Whether the TPM is away.
@@ -132,6 +139,10 @@ impl Shared {
             let start = Instant::now();
             tpm.write_all(&message)?;
             let answer = read_message(tpm)?;
+            let delay = self.state().delays.get(&code).copied();
+            if let Some(delay) = delay {
+                std::thread::sleep(delay);
+            }
             let took = start.elapsed();
             if loss.is_some() {
                 bail!("away");

@@ -3,6 +3,7 @@
 
 mod numbers;
 mod rounds;
+mod starts;
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use onequote_tests::lab::monitor_double;
 
 use crate::numbers::Numbers;
 
@@ -30,17 +32,22 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 4] = [
+const BENCHES: [(&str, Bench); 6] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
     ("round-guests", rounds::real),
+    ("gate", starts::gate),
+    ("many-vms", starts::many),
 ];
 
 /// Those that need guests that really run.
 const GUESTS: [&str; 1] = ["round-guests"];
 
 fn main() -> Result<ExitCode> {
+    if monitor_double::serve_if_double()? {
+        return Ok(ExitCode::SUCCESS);
+    }
     let cli = Cli::parse();
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build; `cargo xtask bench` measures a release build");
