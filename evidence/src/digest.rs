@@ -138,6 +138,17 @@ pub enum FileDigestAlg {
     FsVerity,
 }
 
+impl FileDigestAlg {
+    /// The name in texts: `sha256`, `fs-verity`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::FsVerity => "fs-verity",
+        }
+    }
+}
+
 /// A file's digest together with how it was computed. Shown as `sha256:…` or `fs-verity:…`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct FileDigest {
@@ -159,11 +170,7 @@ impl FileDigest {
 
 impl fmt::Display for FileDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let alg = match self.alg {
-            FileDigestAlg::Sha256 => "sha256",
-            FileDigestAlg::FsVerity => "fs-verity",
-        };
-        write!(f, "{alg}:{}", self.value)
+        write!(f, "{}:{}", self.alg.name(), self.value)
     }
 }
 

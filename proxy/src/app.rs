@@ -13,7 +13,7 @@ use std::{
 };
 
 use onequote_evidence::{
-    digest::HashAlg,
+    digest::{FileDigestAlg, HashAlg},
     event::{Event, VmRef},
     id::{BootId, EpochId, TimeMs},
     pcr::QUOTED_PCRS,
@@ -131,8 +131,10 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let (room, writer) = guest::open(config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
         .map_err(io_error(config.guests_dir().display().to_string()))?;
 
+    let digester = measure::Digester::new(config.measure.limits());
     let mut watched = vm::Config::new(config.host_id.clone(), boot_id, config.vms_dir());
     watched.extra = config.monitors.iter().map(|m| (m.name.clone(), m.socket.clone())).collect();
+    watched.digester = digester.clone();
     let manager = Manager::start(
         watched,
         Arc::new(LogSink { log: log.clone(), role: PcrRole::Vm }),
@@ -164,7 +166,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     }
     .start();
     let status: Arc<dyn StatusSource> =
-        Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room });
+        Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room, digester });
     let doors = Doors { attest, status };
     let (admin, admin_doors) = (config.admin_socket(), doors.clone());
     tasks.spawn(async move {
@@ -222,8 +224,9 @@ async fn start_recorder(
 ) -> Result<(Recorder, LogHandle), AppError> {
     let store = FileStore::open(config.log_dir())?;
     let binary = fs::File::open("/proc/self/exe").map_err(io_error("/proc/self/exe"))?;
-    let (_, binary) =
-        measure::Digester::default().digest(Arc::new(binary), None).await.map_err(io_error("/proc/self/exe"))?;
+    let wanted = measure::Wanted { alg: FileDigestAlg::Sha256, stamp: None, progress: None };
+    let measured = measure::Digester::default().digest(Arc::new(binary), wanted).await;
+    let (_, binary) = measured.map_err(|e| io_error("/proc/self/exe")(io::Error::other(e)))?;
     let tcti = config.tpm.tcti.clone();
     let recorder = RecorderConfig {
         host: config.host_id.clone(),

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +14,7 @@ use onequote_evidence::{
 };
 use serde::Deserialize;
 
-use crate::vm::is_valid_name;
+use crate::{measure::MeasureLimits, vm::is_valid_name};
 
 /// A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
 const MAX_SOCKET_PATH: usize = 107;
@@ -49,6 +50,9 @@ pub struct Config {
     /// Monitors of VMs elsewhere than in the watched folder.
     #[serde(default, rename = "monitor")]
     pub monitors: Vec<Monitor>,
+    /// Measuring.
+    #[serde(default)]
+    pub measure: Measure,
     /// Guests.
     #[serde(default)]
     pub guest: Guest,
@@ -91,6 +95,25 @@ pub struct Monitor {
 pub struct Enforce {
     /// The reference list, TOML.
     pub references: PathBuf,
+}
+
+/// Measuring: how much of the host it may take.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Measure {
+    /// Files that are read at a time, for all VMs together; as many as there are cores, and at least 4, when absent.
+    pub parallel: Option<NonZeroUsize>,
+    /// Whether reads wait for everybody else's, where the disk's scheduler knows of priorities.
+    pub idle_io: bool,
+}
+
+impl Measure {
+    /// The limits.
+    #[must_use]
+    pub fn limits(&self) -> MeasureLimits {
+        let usual = MeasureLimits::default();
+        MeasureLimits { parallel: self.parallel.unwrap_or(usual.parallel), idle_io: self.idle_io }
+    }
 }
 
 /// Guests.

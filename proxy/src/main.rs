@@ -34,8 +34,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    if let Command::Measure { json, files } = &cli.command {
-        return Ok(measure::measure_files(files, *json, &mut io::stdout().lock())?);
+    if let Command::Measure { algorithm, json, files } = &cli.command {
+        return Ok(measure::measure_files(files, *algorithm, *json, &mut io::stdout().lock())?);
     }
     let config = Config::read(&cli.config)?;
     match cli.command {

@@ -15,6 +15,7 @@ use crate::{
     guest::Room,
     inventory::Inventory,
     log::LogHandle,
+    measure::{Digester, Reading},
     rate,
     vm::{Registry, SocketTrouble, Stage, UnmanagedProcess},
 };
@@ -40,6 +41,8 @@ pub struct Status {
     pub failure: Option<String>,
     /// Managed VMs.
     pub vms: Vec<VmStatus>,
+    /// Files that are being measured.
+    pub measuring: Vec<Reading>,
     /// Monitor sockets that lead to no VM.
     pub sockets: Vec<SocketTrouble>,
     /// QEMU processes that are not managed.
@@ -97,6 +100,8 @@ pub struct LiveStatus {
     pub registry: Registry,
     /// The guests.
     pub room: Arc<Room>,
+    /// What computes digests.
+    pub digester: Digester,
 }
 
 impl StatusSource for LiveStatus {
@@ -133,6 +138,7 @@ impl StatusSource for LiveStatus {
             quotes: self.log.quotes(),
             failure: self.log.failure().map(|e| e.to_string()),
             vms: vms.collect(),
+            measuring: self.digester.readings(),
             sockets: live.sockets,
             unmanaged: live.unmanaged,
             messages: rate::LOG.counts(),

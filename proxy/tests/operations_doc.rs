@@ -60,7 +60,7 @@ fn configurations_are_read() {
 #[test]
 fn every_key_of_the_configuration_is_there() {
     let text = blocks(DOC, "toml proxy").remove(0);
-    for section in ["[tpm]", "[[verifiers]]", "[[monitor]]", "[enforce]", "[guest]", "[host]", ""] {
+    for section in ["[tpm]", "[[verifiers]]", "[[monitor]]", "[enforce]", "[measure]", "[guest]", "[host]", ""] {
         let lines = text.lines().map(|line| match line.starts_with(section) && !section.is_empty() {
             true => format!("{line}\nnonsense = 1\n"),
             false => format!("{line}\n"),
@@ -85,7 +85,9 @@ fn values_of_keys_that_are_left_out() {
     let guest = told.guest;
     assert_eq!((guest.port, guest.vsock, guest.unix, guest.collect_ms), (port, vsock, unix, collect_ms));
     assert_eq!((guest.max_entries, guest.max_bytes), (max_entries, max_bytes));
+    assert_eq!(told.measure.limits().idle_io, least.measure.limits().idle_io);
     // Of these the page says that they are not set.
+    assert!(least.measure.parallel.is_none() && told.measure.parallel.is_none());
     assert!(least.host.firmware_log.is_none() && least.host.ima_list.is_none() && least.enforce.is_none());
     assert!(least.monitors.is_empty());
 }

@@ -109,7 +109,7 @@ fn vm_enforce_keeps_a_changed_vm_stopped() {
         let digest = |world: &World, file: &str| -> Result<String> {
             let path = folder.join(file);
             let run = world.proxy_command(&["measure", "--json", &path.to_string_lossy()])?.success()?.json()?;
-            Ok(run[0]["digest"].as_str().context("a digest")?.to_owned())
+            Ok(run[0]["sha256"].as_str().context("a digest")?.to_owned())
         };
         let references = world.folder().join("references.toml");
         let text = format!(

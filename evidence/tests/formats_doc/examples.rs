@@ -130,6 +130,7 @@ pub(crate) fn written() -> BTreeMap<&'static str, Vec<u8>> {
         ("ima-aggregate", aggregate().value.0.to_vec()),
         ("record", record().to_bytes()),
         ("register", register(12).value.0),
+        ("fs-verity-empty", sha256(&[&[1, 1, 12], &[0; 253]]).0.to_vec()),
         ("session", SessionId::of_process(BootId([0x88; 16]), 4242, 123_456).0.to_vec()),
         ("vm-uuid", VmId::from_name(&"host-1".parse().unwrap(), "web").0.as_bytes().to_vec()),
         ("leaf", leaf().0.to_vec()),

@@ -9,6 +9,8 @@ use std::{io, path::PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use crate::measure::Algorithms;
+
 pub use log::print_log;
 pub use status::{export_ima, print_status};
 pub use vms::{End, VmCommandError, end_vm, list_vms, retry_vm};
@@ -47,8 +49,12 @@ pub enum Command {
         #[arg(last = true)]
         qemu: Vec<std::ffi::OsString>,
     },
-    /// Prints the digests of files, as reference values.
+    /// Prints the digests of files, as reference values: of disk images that with fs-verity counts, of all other files
+    /// SHA-256.
     Measure {
+        /// Which digests.
+        #[arg(long, value_enum, default_value = "all")]
+        algorithm: Algorithms,
         /// Print JSON.
         #[arg(long)]
         json: bool,

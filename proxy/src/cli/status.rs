@@ -58,6 +58,12 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
             writeln!(out, "    {}", printable(error))?;
         }
     }
+    for file in status["measuring"].as_array().into_iter().flatten() {
+        let (done, size) = (file["done"].as_u64().unwrap_or(0), file["size"].as_u64().unwrap_or(0));
+        let percent = u128::from(done) * 100 / u128::from(size.max(1));
+        let (path, waiting) = (text(&file["path"]), text(&file["waiting"]));
+        writeln!(out, "measuring: {path}: {percent} % of {} MiB, {waiting} waiting", size >> 20)?;
+    }
     for process in status["unmanaged"].as_array().into_iter().flatten() {
         writeln!(out, "unmanaged: pid {} {}", text(&process["pid"]), text(&process["program"]))?;
     }

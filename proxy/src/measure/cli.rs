@@ -2,71 +2,116 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-use super::{MeasureError, Stamp, digest::digest_now, file::open};
+use onequote_evidence::digest::{FileDigest, FileDigestAlg};
 
-/// Prints the digest of each file to `out`: as `sha256sum` does, or one JSON array with `path`, `size` and `digest`.
-/// Progress goes to standard error when that is a terminal.
-///
-/// # Errors
-/// The first file that cannot be read, or changes while it is.
-pub fn measure_files(files: &[PathBuf], json: bool, out: &mut dyn Write) -> Result<(), MeasureError> {
-    let mut list = Vec::new();
-    for path in files {
-        let fail = |kind: super::MeasureErrorKind| MeasureError::new("file", path, kind);
-        let written = |e: io::Error| MeasureError::of("output", e);
-        let file = open(path).map_err(fail)?;
-        let stamp = || file.metadata().map(|m| Stamp::from(&m)).map_err(|e| fail(e.into()));
-        let before = stamp()?;
-        let mut meter = Meter::new(path.display().to_string(), before.size);
-        let measured = digest_now(&file, &mut |done| meter.show(done));
-        meter.clear();
-        let (size, digest) = measured.map_err(|e| fail(e.into()))?;
-        if stamp()? != before {
-            return Err(fail(super::MeasureErrorKind::Changed));
-        }
-        if json {
-            list.push(serde_json::json!({"path": path, "size": size, "digest": digest}));
-        } else {
-            writeln!(out, "{}  {}", digest.value, path.display()).map_err(written)?;
+use super::{
+    MeasureError, MeasureErrorKind, Stamp,
+    digest::{cores, digest_now},
+    file::open,
+};
+
+/// Which digests are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Algorithms {
+    /// Both.
+    All,
+    /// As `sha256sum` prints it: for kernels, initial RAM disks, firmware and files that arguments name.
+    Sha256,
+    /// As `fsverity digest` prints it: for disk images.
+    FsVerity,
+}
+
+impl Algorithms {
+    fn list(self) -> &'static [FileDigestAlg] {
+        match self {
+            Self::All => &[FileDigestAlg::Sha256, FileDigestAlg::FsVerity],
+            Self::Sha256 => &[FileDigestAlg::Sha256],
+            Self::FsVerity => &[FileDigestAlg::FsVerity],
         }
     }
+}
+
+/// Prints the digests of each file to `out`, one a line: digest as in policies and logs, two spaces, path; or one JSON
+/// array of objects with `path`, `size` and each digest under its algorithm's name. Progress goes to standard error
+/// when that is a terminal.
+///
+/// # Errors
+/// The first file that cannot be measured, or changes while it is.
+pub fn measure_files(
+    files: &[PathBuf],
+    algorithms: Algorithms,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), MeasureError> {
+    let written = |e: io::Error| MeasureError::of("output", e);
+    let mut list = Vec::new();
+    for path in files {
+        let mut object = serde_json::Map::new();
+        object.insert("path".to_owned(), path.to_string_lossy().into());
+        for &alg in algorithms.list() {
+            let (size, digest) = measure(path, alg).map_err(|kind| MeasureError::new("file", path, kind))?;
+            if json {
+                object.insert("size".to_owned(), size.into());
+                object.insert(alg.name().to_owned(), digest.to_string().into());
+            } else {
+                writeln!(out, "{digest}  {}", path.display()).map_err(written)?;
+            }
+        }
+        list.push(serde_json::Value::Object(object));
+    }
     if json {
-        writeln!(out, "{:#}", serde_json::Value::from(list)).map_err(|e| MeasureError::of("output", e))?;
+        writeln!(out, "{:#}", serde_json::Value::from(list)).map_err(written)?;
     }
     Ok(())
 }
 
+fn measure(path: &Path, alg: FileDigestAlg) -> Result<(u64, FileDigest), MeasureErrorKind> {
+    let file = open(path)?;
+    let stamp = || file.metadata().map(|m| Stamp::from(&m));
+    let before = stamp()?;
+    let meter = Meter::new(format!("{}, {}", path.display(), alg.name()), onequote_verity::size_of(&file)?);
+    let measured = digest_now(&file, alg, cores(), false, &|done| meter.show(done));
+    meter.clear();
+    let measured = measured?;
+    if stamp()? == before { Ok(measured) } else { Err(MeasureErrorKind::Changed) }
+}
+
 struct Meter {
     name: String,
+    /// Bytes.
     total: u64,
-    shown: Option<Instant>,
     begun: Instant,
     wanted: bool,
+    shown: Mutex<Option<Instant>>,
 }
 
 impl Meter {
     fn new(name: String, total: u64) -> Self {
-        Self { name, total, shown: None, begun: Instant::now(), wanted: io::stderr().is_terminal() }
+        let wanted = io::stderr().is_terminal();
+        Self { name, total, begun: Instant::now(), wanted, shown: Mutex::new(None) }
     }
 
-    fn show(&mut self, done: u64) -> bool {
-        let due = self.shown.unwrap_or(self.begun).elapsed() > Duration::from_millis(200);
-        if self.wanted && due {
-            self.shown = Some(Instant::now());
-            let percent =
-                done.saturating_mul(100).checked_div(self.total).map_or(String::new(), |p| format!("{p} % of "));
+    fn show(&self, done: u64) -> bool {
+        // Whoever finds it locked leaves the showing to the other.
+        if self.wanted
+            && let Ok(mut shown) = self.shown.try_lock()
+            && shown.unwrap_or(self.begun).elapsed() > Duration::from_millis(200)
+        {
+            *shown = Some(Instant::now());
+            let percent = u128::from(done) * 100 / u128::from(self.total.max(1));
             // Progress is a courtesy.
-            let _ = write!(io::stderr(), "\r\x1b[K{}: {percent}{} MiB", self.name, self.total >> 20);
+            let _ = write!(io::stderr(), "\r\x1b[K{}: {percent} % of {} MiB", self.name, self.total >> 20);
         }
         true
     }
 
     fn clear(&self) {
-        if self.shown.is_some() {
+        if self.shown.lock().is_ok_and(|shown| shown.is_some()) {
             let _ = write!(io::stderr(), "\r\x1b[K");
         }
     }
@@ -77,21 +122,31 @@ impl Meter {
 mod tests {
     use super::*;
 
+    const SHA256: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    /// `printf abc > f && fsverity digest f`
+    const VERITY: &str = "700b6bd8510f0b4f9bac8b9cf0459151a1c4a99f467892bb4bd289a67df8e19c";
+
+    fn print(files: &[PathBuf], algorithms: Algorithms, json: bool) -> Result<String, MeasureError> {
+        let mut out = Vec::new();
+        measure_files(files, algorithms, json, &mut out).map(|()| String::from_utf8(out).unwrap())
+    }
+
     #[test]
-    fn prints_as_sha256sum_does_or_json() {
+    fn prints_lines_or_json() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         std::fs::write(&file, "abc").unwrap();
-        let print = |files: &[PathBuf], json| {
-            let mut out = Vec::new();
-            measure_files(files, json, &mut out).map(|()| String::from_utf8(out).unwrap())
-        };
-        let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(print(std::slice::from_ref(&file), false).unwrap(), format!("{digest}  {}\n", file.display()));
-        let json: serde_json::Value = serde_json::from_str(&print(std::slice::from_ref(&file), true).unwrap()).unwrap();
-        assert_eq!(json[0]["digest"], format!("sha256:{digest}"));
-        assert_eq!(json[0]["size"], 3);
-        let gone = print(&[file, dir.path().join("gone")], false).unwrap_err().to_string();
+        let files = std::slice::from_ref(&file);
+        let (sha256, verity) = (format!("sha256:{SHA256}"), format!("fs-verity:{VERITY}"));
+        let path = file.display();
+        assert_eq!(print(files, Algorithms::Sha256, false).unwrap(), format!("{sha256}  {path}\n"));
+        assert_eq!(print(files, Algorithms::FsVerity, false).unwrap(), format!("{verity}  {path}\n"));
+        assert_eq!(print(files, Algorithms::All, false).unwrap(), format!("{sha256}  {path}\n{verity}  {path}\n"));
+        let json: serde_json::Value = serde_json::from_str(&print(files, Algorithms::All, true).unwrap()).unwrap();
+        let want = serde_json::json!([{"path": file, "size": 3, "sha256": sha256, "fs-verity": verity}]);
+        assert_eq!(json, want);
+        let gone = print(&[file, dir.path().join("gone")], Algorithms::All, false).unwrap_err().to_string();
         assert!(gone.contains("gone") && gone.contains("No such file"), "{gone}");
     }
 }

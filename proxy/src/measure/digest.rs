@@ -1,67 +1,375 @@
-//! Digests of open files: streamed, a few at a time, off the async threads, and given up when nobody waits any more.
+//! Digests of open files: a few at a time over all VMs, off the async threads, given up when nobody waits any more, and
+//! read once for all who want the same file at the same time.
+//!
+//! # Why one reading serves many
+//! Each who waits has the file open himself and compares its [`Stamp`] before he asks with the one after he has the
+//! answer. A reading is shared among those whose stamps before are equal: the stamp that its first asker saw before the
+//! first byte was read. So for each of them the file is unchanged from before the reading to after it, or he sees
+//! another stamp and measures nothing. A change leaves no trace in a stamp only within the clock tick of the change
+//! before; a file that changed less than [`SETTLED`] before a reading began is therefore read by each for himself.
+//! Nothing is kept when the last one has his answer: what a file was a moment ago proves nothing. Files on which
+//! fs-verity is enabled need no cache: the kernel tells their digest in no time, and vouches for it.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    num::NonZeroUsize,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    path::PathBuf,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::{Duration, SystemTime},
 };
 
-use onequote_evidence::{digest::FileDigest, id::Sha256};
+use onequote_evidence::{
+    digest::{FileDigest, FileDigestAlg},
+    id::Sha256,
+};
+use onequote_verity::{Options, VerityError};
+use serde::Serialize;
 use sha2::Digest as _;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot, watch};
 
-/// Bytes read at a time.
-const BUFFER: usize = 1024 * 1024;
+use super::{MeasureErrorKind, Stamp};
+
+/// Bytes that plain SHA-256 reads at a time.
+const BUFFER: usize = 256 * 1024;
+
+/// The most that is read for a plain SHA-256, which cannot leave out holes. A kernel, initrd, firmware or argument's
+/// file is loaded into memory and far smaller.
+const MAX_PLAIN: u64 = 64 << 30;
+
+/// A file that changed less than this before a reading begins is not shared; far longer than a clock tick.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// Told after each piece how many bytes have been read so far.
 pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
 
-/// Computes digests. Clones share the bound on how many are computed at a time.
+/// How much of the host measuring may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MeasureLimits {
+    /// Files that are read at a time, for all VMs together.
+    pub parallel: NonZeroUsize,
+    /// Whether reads wait for everybody else's.
+    pub idle_io: bool,
+}
+
+impl Default for MeasureLimits {
+    /// As many files as there are cores, and at least four, so that one large file does not keep all others waiting.
+    fn default() -> Self {
+        Self { parallel: cores().max(NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN)), idle_io: false }
+    }
+}
+
+/// What is wanted of a file.
+#[derive(Clone)]
+pub struct Wanted {
+    /// Which digest.
+    pub alg: FileDigestAlg,
+    /// The file's stamp, if whoever asks compares it with the one after: then a reading may be shared.
+    pub stamp: Option<Stamp>,
+    /// Told how far it is.
+    pub progress: Option<Progress>,
+}
+
+/// Size in bytes and digest of what was read.
+pub type Digested = (u64, FileDigest);
+
+/// A file that is being read, for people.
+#[derive(Debug, Clone, Serialize)]
+pub struct Reading {
+    /// Its path as the kernel shows it.
+    pub path: PathBuf,
+    /// Bytes done.
+    pub done: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// How many wait for it.
+    pub waiting: usize,
+}
+
+/// Computes digests. Clones share limits and readings.
 #[derive(Debug, Clone)]
 pub struct Digester {
-    slots: Arc<Semaphore>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    limits: MeasureLimits,
+    slots: Semaphore,
+    /// Files that are being read now.
+    busy: AtomicUsize,
+    flights: Mutex<HashMap<(Stamp, FileDigestAlg), Weak<Flight>>>,
+    readings: Mutex<Vec<Weak<Active>>>,
+    /// Files read so far, counted when reading begins.
+    read: AtomicU64,
+}
+
+/// A reading that others can join; it ends when the last one of them is gone.
+struct Flight {
+    outcome: watch::Receiver<Option<Result<Digested, ()>>>,
+    task: tokio::task::AbortHandle,
+    active: Arc<Active>,
+}
+
+impl std::fmt::Debug for Flight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Flight").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Active {
+    file: Arc<File>,
+    size: u64,
+    done: AtomicU64,
+    waiting: AtomicUsize,
+    listeners: Mutex<Vec<Progress>>,
+}
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Active").field("done", &self.done).finish_non_exhaustive()
+    }
+}
+
+impl Active {
+    fn tell(&self, done: u64) {
+        self.done.store(done, Ordering::Relaxed);
+        // Not under the lock: a listener may take its time, and others may want to join.
+        let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        listeners.iter().for_each(|progress| progress(done));
+    }
+}
+
+/// One who waits.
+struct Waiting(Arc<Active>);
+
+impl Waiting {
+    fn new(active: &Arc<Active>, progress: Option<Progress>) -> Self {
+        active.waiting.fetch_add(1, Ordering::Relaxed);
+        active.listeners.lock().unwrap_or_else(PoisonError::into_inner).extend(progress);
+        Self(Arc::clone(active))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Default for Digester {
     fn default() -> Self {
-        Self::new(std::thread::available_parallelism().map_or(1, usize::from))
+        Self::new(MeasureLimits::default())
     }
 }
 
 impl Digester {
-    /// Computes at most `parallel` digests at a time.
+    /// With these limits.
     #[must_use]
-    pub fn new(parallel: usize) -> Self {
-        Self { slots: Arc::new(Semaphore::new(parallel.max(1))) }
+    pub fn new(limits: MeasureLimits) -> Self {
+        let shared = Shared {
+            limits,
+            slots: Semaphore::new(limits.parallel.get().min(Semaphore::MAX_PERMITS)),
+            busy: AtomicUsize::new(0),
+            flights: Mutex::default(),
+            readings: Mutex::default(),
+            read: AtomicU64::new(0),
+        };
+        Self { shared: Arc::new(shared) }
     }
 
-    /// Reads the whole file from its start, whatever its position, and tells bytes read and digest. When the future is
-    /// dropped, reading ends within one piece.
+    /// Reads the whole file from its start, whatever its position. When the future is dropped and nobody else waits for
+    /// the same, reading ends within one piece. Needs a tokio runtime.
     ///
     /// # Errors
-    /// What reading gives.
-    pub async fn digest(&self, file: Arc<File>, progress: Option<Progress>) -> io::Result<(u64, FileDigest)> {
-        let _slot = self.slots.acquire().await.map_err(io::Error::other)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let _guard = StopOnDrop(Arc::clone(&stop));
-        let work = move || {
-            digest_now(&file, &mut |done| {
-                if let Some(progress) = &progress {
-                    progress(done);
-                }
-                !stop.load(Ordering::Relaxed)
-            })
+    /// What keeps the file from being measured.
+    pub async fn digest(&self, file: Arc<File>, wanted: Wanted) -> Result<Digested, MeasureErrorKind> {
+        if let Some(stamp) = wanted.stamp.filter(|stamp| settled(stamp, SystemTime::now())) {
+            let (flight, _waiting) = self.join(stamp, &file, &wanted)?;
+            let mut outcome = flight.outcome.clone();
+            // Without an outcome the reading was given up, which it is not while somebody waits: the runtime ends.
+            if let Ok(outcome) = outcome.wait_for(Option::is_some).await
+                && let Some(Ok(digested)) = *outcome
+            {
+                return Ok(digested);
+            }
+            // What failed for another's descriptor need not fail for ours, and the error should be our own.
+        }
+        let active = self.activity(&file)?;
+        let _waiting = Waiting::new(&active, wanted.progress);
+        read(&self.shared, active, wanted.alg).await
+    }
+
+    /// Files that are being read or wait to be.
+    #[must_use]
+    pub fn readings(&self) -> Vec<Reading> {
+        let mut readings = self.shared.readings.lock().unwrap_or_else(PoisonError::into_inner);
+        readings.retain(|reading| reading.strong_count() > 0);
+        let show = |active: Arc<Active>| Reading {
+            path: std::fs::read_link(format!("/proc/self/fd/{}", active.file.as_raw_fd())).unwrap_or_default(),
+            done: active.done.load(Ordering::Relaxed),
+            size: active.size,
+            waiting: active.waiting.load(Ordering::Relaxed),
         };
-        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+        readings.iter().filter_map(Weak::upgrade).map(show).collect()
+    }
+
+    /// How many files it has begun to read.
+    #[must_use]
+    pub fn files_read(&self) -> u64 {
+        self.shared.read.load(Ordering::Relaxed)
+    }
+
+    /// The reading of a file with this stamp: one that goes on, or a new one.
+    fn join(
+        &self,
+        stamp: Stamp,
+        file: &Arc<File>,
+        wanted: &Wanted,
+    ) -> Result<(Arc<Flight>, Waiting), MeasureErrorKind> {
+        let mut flights = self.shared.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (stamp, wanted.alg);
+        let going = flights.get(&key).and_then(Weak::upgrade).filter(|f| f.outcome.borrow().is_none());
+        let flight = match going {
+            Some(flight) => flight,
+            None => {
+                flights.retain(|_, flight| flight.strong_count() > 0);
+                let active = self.activity(file)?;
+                let (tell, outcome) = watch::channel(None);
+                let (shared, alg, reading) = (Arc::clone(&self.shared), wanted.alg, Arc::clone(&active));
+                let task = tokio::spawn(async move {
+                    let read = read(&shared, reading, alg).await;
+                    tell.send_replace(Some(read.map_err(|_| ())));
+                });
+                let flight = Arc::new(Flight { outcome, task: task.abort_handle(), active });
+                flights.insert(key, Arc::downgrade(&flight));
+                flight
+            }
+        };
+        let waiting = Waiting::new(&flight.active, wanted.progress.clone());
+        Ok((flight, waiting))
+    }
+
+    fn activity(&self, file: &Arc<File>) -> Result<Arc<Active>, MeasureErrorKind> {
+        let active = Arc::new(Active {
+            file: Arc::clone(file),
+            size: onequote_verity::size_of(file)?,
+            done: AtomicU64::new(0),
+            waiting: AtomicUsize::new(0),
+            listeners: Mutex::default(),
+        });
+        let mut readings = self.shared.readings.lock().unwrap_or_else(PoisonError::into_inner);
+        readings.retain(|reading| reading.strong_count() > 0);
+        readings.push(Arc::downgrade(&active));
+        Ok(active)
     }
 }
 
-/// The same on this thread. `go_on` is told the bytes read so far and ends the reading by saying no.
-pub(super) fn digest_now(file: &File, go_on: &mut dyn FnMut(u64) -> bool) -> io::Result<(u64, FileDigest)> {
+/// Whether a file's last change is so long ago that another one would show.
+fn settled(stamp: &Stamp, now: SystemTime) -> bool {
+    let (seconds, nanos) = stamp.ctime;
+    let since_epoch = Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+        + Duration::from_nanos(u64::try_from(nanos).unwrap_or(0));
+    // A change in the future, or before 1970: a clock that is not to be relied on.
+    seconds > 0 && now.duration_since(SystemTime::UNIX_EPOCH + since_epoch).is_ok_and(|age| age > SETTLED)
+}
+
+/// Waits for its turn, then reads on threads of its own: one that hangs on a dead disk keeps none of the runtime's.
+async fn read(shared: &Arc<Shared>, active: Arc<Active>, alg: FileDigestAlg) -> Result<Digested, MeasureErrorKind> {
+    let _slot = shared.slots.acquire().await.map_err(io::Error::other)?;
+    shared.read.fetch_add(1, Ordering::Relaxed);
+    let busy = Busy::new(shared);
+    let stop = Arc::new(AtomicBool::new(false));
+    let _guard = StopOnDrop(Arc::clone(&stop));
+    let (threads, idle_io) = (busy.threads(), shared.limits.idle_io);
+    let (tell, told) = oneshot::channel();
+    let work = move || {
+        let progress = |done| {
+            active.tell(done);
+            !stop.load(Ordering::Relaxed)
+        };
+        let digested = digest_now(&active.file, alg, threads, idle_io, &progress);
+        // Whoever has the answer finds the reading ended.
+        drop(active);
+        // Nobody listens when the future was dropped.
+        let _ = tell.send(digested);
+    };
+    std::thread::Builder::new().name("measure".to_owned()).spawn(work)?;
+    told.await.map_err(|_| MeasureErrorKind::from(io::Error::other("the thread that measured it failed")))?
+}
+
+/// One file that is being read.
+struct Busy<'a> {
+    shared: &'a Shared,
+    now: usize,
+}
+
+impl<'a> Busy<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { shared, now: shared.busy.fetch_add(1, Ordering::Relaxed) + 1 }
+    }
+
+    /// All cores for one file alone, and for each that comes later its part of twice as many: with many files there are
+    /// somewhat more threads than cores, never cores times files.
+    fn threads(&self) -> NonZeroUsize {
+        NonZeroUsize::new((2 * cores().get() / self.now).min(cores().get())).unwrap_or(NonZeroUsize::MIN)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.shared.busy.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+pub(super) fn cores() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// The digest, on this thread and others. `go_on` is told the bytes read so far and ends the reading by saying no.
+pub(super) fn digest_now(
+    file: &File,
+    alg: FileDigestAlg,
+    threads: NonZeroUsize,
+    idle_io: bool,
+    go_on: &(dyn Fn(u64) -> bool + Sync),
+) -> Result<Digested, MeasureErrorKind> {
+    match alg {
+        FileDigestAlg::FsVerity => {
+            let options = Options { threads, idle_io, progress: go_on, save: None };
+            let measured = onequote_verity::measure(file, options)?;
+            Ok((measured.size, FileDigest { alg, value: Sha256(measured.digest) }))
+        }
+        FileDigestAlg::Sha256 => {
+            if idle_io {
+                // Courtesy to others: measuring goes on without it.
+                let _ = onequote_verity::idle_io();
+            }
+            plain(file, go_on)
+        }
+    }
+}
+
+/// Plain SHA-256.
+fn plain(file: &File, go_on: &dyn Fn(u64) -> bool) -> Result<Digested, MeasureErrorKind> {
+    let too_large = || {
+        let what = format!("it has more than {} GiB, and is no disk image", MAX_PLAIN >> 30);
+        MeasureErrorKind::Unsupported(what)
+    };
+    if onequote_verity::size_of(file)? > MAX_PLAIN {
+        return Err(too_large());
+    }
     let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0; BUFFER];
     let mut at = 0;
@@ -73,13 +381,28 @@ pub(super) fn digest_now(file: &File, go_on: &mut dyn FnMut(u64) -> bool) -> io:
                 at += n as u64;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+            Err(e) => return Err(e.into()),
+        }
+        if at > MAX_PLAIN {
+            return Err(too_large());
         }
         if !go_on(at) {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "nobody waits for the digest any more"));
+            return Err(VerityError::Stopped.into());
         }
     }
     Ok((at, FileDigest::sha256(Sha256(hasher.finalize().into()))))
+}
+
+impl From<VerityError> for MeasureErrorKind {
+    fn from(e: VerityError) -> Self {
+        match e {
+            VerityError::Io(e) => Self::Io(e),
+            VerityError::NotAFile => Self::NotAFile,
+            VerityError::Shrunk => Self::Changed,
+            VerityError::Unsized => Self::Unsupported(e.to_string()),
+            VerityError::Stopped => io::Error::new(io::ErrorKind::Interrupted, e).into(),
+        }
+    }
 }
 
 struct StopOnDrop(Arc<AtomicBool>);
@@ -87,5 +410,155 @@ struct StopOnDrop(Arc<AtomicBool>);
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::{path::Path, sync::mpsc};
+
+    use super::*;
+
+    const IMAGE: FileDigestAlg = FileDigestAlg::FsVerity;
+
+    /// A file whose last change counts as long ago. Without a way to set that time, by waiting for it.
+    fn settled_file(dir: &Path, size: usize) -> (Arc<File>, Stamp) {
+        let path = dir.join("image");
+        std::fs::write(&path, vec![7; size]).unwrap();
+        let file = File::open(&path).unwrap();
+        let stamp = Stamp::from(&file.metadata().unwrap());
+        while !settled(&stamp, SystemTime::now()) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        (Arc::new(file), stamp)
+    }
+
+    /// A progress that holds the reading up until it is let go, and tells that it does.
+    fn held() -> (Progress, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let (reading, is_reading) = mpsc::channel();
+        let (go, wait) = mpsc::channel::<()>();
+        let wait = Mutex::new(wait);
+        let progress: Progress = Arc::new(move |_| {
+            let _ = reading.send(());
+            // Ends with the sender.
+            let _ = wait.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        });
+        (progress, is_reading, go)
+    }
+
+    fn wanted(stamp: Option<Stamp>, progress: Option<Progress>) -> Wanted {
+        Wanted { alg: IMAGE, stamp, progress }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_hundred_who_ask_at_once_read_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, stamp) = settled_file(dir.path(), 3 << 20);
+        let digester = Digester::default();
+        let (progress, reading, go) = held();
+        let ask = |progress| {
+            let (digester, file) = (digester.clone(), File::open(dir.path().join("image")).unwrap());
+            let stamp = Stamp::from(&file.metadata().unwrap());
+            tokio::spawn(async move { digester.digest(Arc::new(file), wanted(Some(stamp), progress)).await })
+        };
+        let first = ask(Some(progress));
+        tokio::task::spawn_blocking(move || reading.recv().map(|()| reading)).await.unwrap().unwrap();
+        let others: Vec<_> = (0..99).map(|_| ask(None)).collect();
+        while digester.readings().iter().map(|r| r.waiting).sum::<usize>() < 100 {
+            tokio::task::yield_now().await;
+        }
+        drop(go);
+        let digest = first.await.unwrap().unwrap();
+        for other in others {
+            assert_eq!(other.await.unwrap().unwrap(), digest);
+        }
+        assert_eq!(digester.files_read(), 1);
+        // Nothing is kept: whoever comes later reads again.
+        digester.digest(Arc::clone(&file), wanted(Some(stamp), None)).await.unwrap();
+        assert_eq!(digester.files_read(), 2);
+        assert!(digester.readings().is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn another_stamp_is_another_reading() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, stamp) = settled_file(dir.path(), 3 << 20);
+        let digester = Digester::default();
+        let (progress, reading, go) = held();
+        let first = {
+            let (digester, file) = (digester.clone(), Arc::clone(&file));
+            tokio::spawn(async move { digester.digest(file, wanted(Some(stamp), Some(progress))).await })
+        };
+        tokio::task::spawn_blocking(move || reading.recv().map(|()| reading)).await.unwrap().unwrap();
+        for stamp in [Some(Stamp { mtime: (1, 1), ..stamp }), Some(Stamp { size: 1, ..stamp }), None] {
+            let before = digester.files_read();
+            digester.digest(Arc::clone(&file), wanted(stamp, None)).await.unwrap();
+            assert_eq!(digester.files_read(), before + 1);
+        }
+        drop(go);
+        first.await.unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_file_that_just_changed_is_not_shared() {
+        let stamp = |ctime| Stamp { file: (1, 1), size: 1, mtime: (0, 0), ctime };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        for (ctime, want) in
+            [((990, 0), true), ((999, 0), false), ((998, 999_999_999), true), ((1001, 0), false), ((0, 0), false)]
+        {
+            assert_eq!(settled(&stamp(ctime), now), want, "{ctime:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_shared_reading_goes_on_until_the_last_one_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, stamp) = settled_file(dir.path(), 30 << 20);
+        let digester = Digester::default();
+        let (progress, reading, go) = held();
+        let ask = |progress| {
+            let (digester, file) = (digester.clone(), Arc::clone(&file));
+            tokio::spawn(async move { digester.digest(file, wanted(Some(stamp), progress)).await })
+        };
+        let (first, second) = (ask(Some(progress)), ask(None));
+        let reading = tokio::task::spawn_blocking(move || reading.recv().map(|()| reading)).await.unwrap().unwrap();
+        while digester.readings().iter().map(|r| r.waiting).sum::<usize>() < 2 {
+            tokio::task::yield_now().await;
+        }
+        // The one who began it leaves: the other still has his answer, from the same reading.
+        first.abort();
+        go.send(()).unwrap();
+        assert!(!second.is_finished());
+        second.abort();
+        assert!(second.await.unwrap_err().is_cancelled());
+        drop(go);
+        // The reader lets go of its callback long before the end of the file: the channel ends.
+        tokio::task::spawn_blocking(move || while reading.recv().is_ok() {}).await.unwrap();
+        assert_eq!(digester.files_read(), 1);
+        assert!(digester.readings().is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn only_so_many_files_are_read_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, _) = settled_file(dir.path(), 1 << 20);
+        let limits = MeasureLimits { parallel: NonZeroUsize::MIN, idle_io: true };
+        let digester = Digester::new(limits);
+        let (progress, reading, go) = held();
+        let ask = |progress| {
+            let (digester, file) = (digester.clone(), Arc::clone(&file));
+            tokio::spawn(async move { digester.digest(file, wanted(None, progress)).await })
+        };
+        let first = ask(Some(progress));
+        tokio::task::spawn_blocking(move || reading.recv().map(|()| reading)).await.unwrap().unwrap();
+        let second = ask(None);
+        while digester.readings().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(digester.files_read(), 1);
+        drop(go);
+        assert_eq!(first.await.unwrap().unwrap(), second.await.unwrap().unwrap());
+        assert_eq!(digester.files_read(), 2);
     }
 }

@@ -9,15 +9,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use onequote_evidence::digest::FileDigest;
+use onequote_evidence::digest::{FileDigest, FileDigestAlg};
 
-use super::{Digester, MeasureErrorKind, Progress};
+use super::{Digester, MeasureErrorKind, Progress, digest::Wanted};
 
 /// The most symbolic links that are followed on one path, as many as the kernel follows.
 const MAX_LINKS: u32 = 40;
 
 /// What tells one state of a file from another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Stamp {
     /// Device and inode.
     pub file: (u64, u64),
@@ -98,11 +98,12 @@ pub(super) fn newest_link(path: &Path) -> io::Result<Option<SystemTime>> {
 pub(crate) async fn measure_path(
     digester: &Digester,
     path: &Path,
+    alg: FileDigestAlg,
     progress: Option<Progress>,
 ) -> Result<MeasuredFile, MeasureErrorKind> {
     let file = open(path)?;
     let id = Stamp::from(&file.metadata()?).file;
-    let measured = measure_open(digester, file, false, progress).await?;
+    let measured = measure_open(digester, file, alg, false, progress).await?;
     if Stamp::from(&std::fs::metadata(path)?).file != id {
         return Err(MeasureErrorKind::Changed);
     }
@@ -113,12 +114,14 @@ pub(crate) async fn measure_path(
 pub(super) async fn measure_open(
     digester: &Digester,
     file: File,
+    alg: FileDigestAlg,
     hot: bool,
     progress: Option<Progress>,
 ) -> Result<MeasuredFile, MeasureErrorKind> {
     let before = Stamp::from(&file.metadata()?);
     let file = Arc::new(file);
-    let (size, digest) = digester.digest(Arc::clone(&file), progress).await?;
+    let wanted = Wanted { alg, stamp: (!hot).then_some(before), progress };
+    let (size, digest) = digester.digest(Arc::clone(&file), wanted).await?;
     if !hot && Stamp::from(&file.metadata()?) != before {
         return Err(MeasureErrorKind::Changed);
     }
@@ -132,6 +135,15 @@ mod tests {
 
     use super::*;
 
+    /// Measures a file by its path, as images are and as everything else is.
+    async fn both(path: &Path, progress: Option<Progress>) -> [Result<MeasuredFile, MeasureErrorKind>; 2] {
+        let digester = Digester::default();
+        [
+            measure_path(&digester, path, FileDigestAlg::Sha256, progress.clone()).await,
+            measure_path(&digester, path, FileDigestAlg::FsVerity, progress).await,
+        ]
+    }
+
     #[tokio::test]
     async fn the_digest_is_that_of_sha256sum() {
         let dir = tempfile::tempdir().unwrap();
@@ -139,7 +151,7 @@ mod tests {
         for size in [0, 1, 1 << 20, (3 << 20) + 5] {
             std::fs::write(&path, vec![7; size]).unwrap();
             let sum = Command::new("sha256sum").arg(&path).output().unwrap().stdout;
-            let measured = measure_path(&Digester::default(), &path, None).await.unwrap();
+            let measured = measure_path(&Digester::default(), &path, FileDigestAlg::Sha256, None).await.unwrap();
             assert_eq!(measured.digest.value.to_string().as_bytes(), &sum[..64]);
             assert_eq!(measured.size, size as u64);
         }
@@ -155,13 +167,14 @@ mod tests {
             |p| File::options().append(true).open(p).unwrap().set_len(5 << 20).unwrap(),
             |p| std::fs::rename(p.with_extension("other"), p).unwrap(),
         ];
-        for change in changes {
+        let algs = [FileDigestAlg::Sha256, FileDigestAlg::FsVerity];
+        for (change, alg) in changes.into_iter().flat_map(|change| algs.map(|alg| (change, alg))) {
             std::fs::write(&path, vec![7; 3 << 20]).unwrap();
             std::fs::write(path.with_extension("other"), vec![7; 3 << 20]).unwrap();
             let once = std::sync::Once::new();
             let at = path.clone();
             let progress: Progress = Arc::new(move |_| once.call_once(|| change(&at)));
-            let e = measure_path(&Digester::default(), &path, Some(progress)).await.unwrap_err();
+            let e = measure_path(&Digester::default(), &path, alg, Some(progress)).await.unwrap_err();
             assert!(matches!(e, MeasureErrorKind::Changed), "{e}");
         }
     }
@@ -191,22 +204,56 @@ mod tests {
         let fifo = dir.path().join("fifo");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
         for path in [&fifo, dir.path(), Path::new("/dev/zero")] {
-            let e = measure_path(&Digester::default(), path, None).await.unwrap_err();
-            assert!(matches!(e, MeasureErrorKind::NotAFile), "{}: {e}", path.display());
+            for measured in both(path, None).await {
+                let e = measured.unwrap_err();
+                assert!(matches!(e, MeasureErrorKind::NotAFile), "{}: {e}", path.display());
+            }
         }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_shrinks_is_not_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![7; 30 << 20]).unwrap();
+        let shrink = path.clone();
+        let progress: Progress =
+            Arc::new(move |_| File::options().write(true).open(&shrink).unwrap().set_len(1 << 20).unwrap());
+        for measured in both(&path, Some(progress)).await {
+            std::fs::write(&path, vec![7; 30 << 20]).unwrap();
+            let e = measured.unwrap_err();
+            assert!(matches!(e, MeasureErrorKind::Changed), "{e}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_too_large_to_be_read_is_an_error_unless_holes_are_left_out() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("f");
+        let file = File::create(&path).unwrap();
+        file.set_len(i64::MAX.unsigned_abs()).unwrap();
+        let measured = measure_path(&Digester::default(), &path, FileDigestAlg::FsVerity, None).await.unwrap();
+        assert_eq!(measured.size, i64::MAX.unsigned_abs());
+        let begun = std::time::Instant::now();
+        let e = measure_path(&Digester::default(), &path, FileDigestAlg::Sha256, None).await.unwrap_err();
+        assert!(matches!(e, MeasureErrorKind::Unsupported(_)) && e.to_string().contains("64 GiB"), "{e}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     }
 
     #[tokio::test]
     async fn reading_ends_when_nobody_waits() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("endless");
-        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        // Each piece takes some time, so that there is something to be given up.
+        File::create(&path).unwrap().set_len(60 << 30).unwrap();
         let (reading, read) = std::sync::mpsc::channel();
         let progress: Progress = Arc::new(move |_| {
             // Nobody listens any more once the test has seen enough.
             let _ = reading.send(());
         });
-        let task = tokio::spawn(async move { measure_path(&Digester::default(), &path, Some(progress)).await.is_ok() });
+        let task = tokio::spawn(async move {
+            measure_path(&Digester::default(), &path, FileDigestAlg::Sha256, Some(progress)).await.is_ok()
+        });
         let read = tokio::task::spawn_blocking(move || {
             read.recv().unwrap();
             read

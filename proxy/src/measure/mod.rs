@@ -35,8 +35,8 @@ mod vm;
 
 pub use args::{Arguments, Given, Lookup, NamedFile};
 pub use blocks::{BlockGraph, Leaf};
-pub use cli::measure_files;
-pub use digest::{Digester, Progress};
+pub use cli::{Algorithms, measure_files};
+pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Wanted};
 pub use error::{MeasureError, MeasureErrorKind};
 pub(crate) use file::measure_path;
 pub use file::{MeasuredFile, Stamp};

@@ -12,7 +12,7 @@ use std::{
 };
 
 use onequote_evidence::{
-    digest::{FileDigest, sha256},
+    digest::{FileDigest, FileDigestAlg, sha256},
     event::{Component, Image, Role},
 };
 use tokio::io::AsyncReadExt;
@@ -64,7 +64,7 @@ impl Kept {
     pub async fn measure_again(&self, digester: &Digester) -> Result<Image, MeasureError> {
         let fail = |kind: MeasureErrorKind| MeasureError::new(&self.image.slot, Path::new(&self.image.path), kind);
         let file = self.file.try_clone().map_err(|e| fail(e.into()))?;
-        let now = measure_open(digester, file, false, None).await.map_err(fail)?;
+        let now = measure_open(digester, file, FileDigestAlg::FsVerity, false, None).await.map_err(fail)?;
         Ok(Image { size: now.size, digest: now.digest, ..self.image.clone() })
     }
 }
@@ -121,7 +121,7 @@ impl VmMeter<'_> {
         let program = self.program()?;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), &program, kind);
         let file = self.process.open_program().map_err(|e| fail(e.into()))?;
-        let measured = measure_open(self.digester, file, false, None).await.map_err(fail)?;
+        let measured = measure_open(self.digester, file, FileDigestAlg::Sha256, false, None).await.map_err(fail)?;
         let mut components = vec![file_component(role, &program, &measured)];
 
         let role = Role::Arguments.word();
@@ -204,7 +204,7 @@ impl VmMeter<'_> {
                     let fail = |kind: MeasureErrorKind| MeasureError::new(&leaf.slot, &path, kind);
                     let file = self.process.open_held(held).map_err(|e| fail(e.into()))?;
                     let hot = self.hot && !leaf.read_only;
-                    measure_open(self.digester, file, hot, None).await.map_err(fail)?
+                    measure_open(self.digester, file, FileDigestAlg::FsVerity, hot, None).await.map_err(fail)?
                 }
             };
             let image = Image {
@@ -261,7 +261,7 @@ impl VmMeter<'_> {
     }
 
     pub(super) async fn by_path(&self, role: Role, path: &Path) -> Result<Part, MeasureError> {
-        let measured = measure_path(self.digester, path, None).await;
+        let measured = measure_path(self.digester, path, FileDigestAlg::Sha256, None).await;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), path, kind);
         let measured = measured.map_err(fail)?;
         let part = Part { component: file_component(role, path, &measured), file: measured.file };

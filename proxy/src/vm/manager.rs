@@ -9,6 +9,7 @@ use std::{
 };
 
 use onequote_evidence::{
+    digest::FileDigestAlg,
     event::{Depth, Event, StopCause, UnmanagedVm, VmStop},
     id::{BootId, HostId, SessionId},
 };
@@ -55,6 +56,8 @@ pub struct Config {
     pub recheck: Duration,
     /// How long to wait before something that failed is tried again.
     pub retry: Duration,
+    /// What computes digests.
+    pub digester: Digester,
     /// How the host is searched for VMs without a monitor; none to leave it.
     pub scan: Option<Scan>,
 }
@@ -73,6 +76,7 @@ impl Config {
             exit_grace: Duration::from_secs(5),
             recheck: Duration::from_secs(10),
             retry: Duration::from_secs(1),
+            digester: Digester::default(),
             scan: Some(Scan::default()),
         }
     }
@@ -122,6 +126,7 @@ impl Manager {
         let registry = Registry::default();
         let open = open_sessions(&inventory.read().unwrap_or_else(PoisonError::into_inner));
         let known = open.into_iter().map(|s| (s.vm.session, s)).collect();
+        let digester = config.digester.clone();
         let env = Env {
             config,
             sink,
@@ -129,7 +134,7 @@ impl Manager {
             inventory,
             references,
             registry: registry.clone(),
-            digester: Digester::default(),
+            digester,
             known: Mutex::new(known),
         };
         let (scans, wanted) = mpsc::channel(16);
@@ -368,7 +373,7 @@ async fn close_open_session(env: Arc<Env>, session: OpenSession, process: Option
     let (mut images, mut unmeasured) = (Vec::new(), Vec::new());
     for image in session.images.iter().filter(|i| !i.read_only) {
         let path = PathBuf::from(&image.path);
-        match measure::measure_path(&env.digester, &path, None).await {
+        match measure::measure_path(&env.digester, &path, FileDigestAlg::FsVerity, None).await {
             Ok(now) => {
                 let mut image = image.clone();
                 (image.size, image.digest) = (now.size, now.digest);

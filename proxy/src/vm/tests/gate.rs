@@ -119,7 +119,7 @@ async fn everything_is_measured_in_one_record_before_it_runs() {
             ("vdb+data", path("d.raw"), "raw", false),
         ]
     );
-    assert_eq!(start.images[1].digest.to_string(), sha256_of(&base));
+    assert_eq!(start.images[1].digest.to_string(), verity_of(&base));
     let status = &world.registry().vms[0];
     assert_eq!((status.stage, status.logged, status.depth), (Stage::Watched, true, Depth::Gate));
 }

@@ -47,7 +47,7 @@ async fn pause_resume_reset_and_quit() {
     let stop = world.log.wait(stopped).await;
     assert_eq!(stop.cause, StopCause::HostShutdown);
     assert_eq!(stop.images.len(), 1);
-    assert_eq!(stop.images[0].digest.to_string(), sha256_of(&world.path("disk.raw")));
+    assert_eq!(stop.images[0].digest.to_string(), verity_of(&world.path("disk.raw")));
     assert!(stop.unmeasured.is_empty());
     world.until(|r| r.vms.is_empty()).await;
     assert_eq!(world.log.kinds(), ["vm-create", "vm-start", "vm-resume", "vm-pause", "vm-reset", "vm-stop"]);
@@ -62,7 +62,7 @@ async fn pause_resume_reset_and_quit() {
 async fn a_kill_is_a_loss_and_the_inode_counts() {
     let world = World::new();
     let disk = world.file("disk.raw", vec![1; 1 << 20]);
-    let before = sha256_of(&disk);
+    let before = verity_of(&disk);
     let mut qemu = world.qemu("vm", &["-S", "-M", "q35", "-drive", "file=disk.raw,format=raw,if=virtio,id=root"]);
     world.log.wait_kind("vm-resume").await;
     std::fs::remove_file(&disk).unwrap();
@@ -117,7 +117,7 @@ async fn hot_plug_and_snapshots_are_found() {
     };
     let change = world.log.wait(changed("n")).await;
     assert_eq!((change.what.as_str(), change.before.as_str()), ("image", ""));
-    assert_eq!(change.images[0].digest.to_string(), sha256_of(&extra));
+    assert_eq!(change.images[0].digest.to_string(), verity_of(&extra));
     // The same name, another file.
     let other = world.file("other.raw", vec![8; 1 << 20]);
     monitor.call::<Value>("blockdev-del", json!({"node-name": "n"})).await.unwrap();
@@ -125,7 +125,7 @@ async fn hot_plug_and_snapshots_are_found() {
     let node = json!({"driver": "raw", "node-name": "n", "read-only": true,
                       "file": {"driver": "file", "filename": "extra.raw"}});
     monitor.call::<Value>("blockdev-add", node).await.unwrap();
-    let now = sha256_of(&extra);
+    let now = verity_of(&extra);
     let exchanged = |body: &EventBody| match body {
         EventBody::ConfigChange(c) if c.images.iter().any(|i| i.digest.to_string() == now) => Some(()),
         _ => None,
@@ -179,7 +179,7 @@ async fn after_a_restart_the_living_are_measured_again_and_the_gone_closed() {
     world.start(None);
     let stop = world.log.wait(stopped).await;
     assert_eq!(stop.cause, StopCause::Unwatched);
-    assert_eq!(stop.images[0].digest.to_string(), sha256_of(&gone_disk));
+    assert_eq!(stop.images[0].digest.to_string(), verity_of(&gone_disk));
     assert!(world.log.wait(attached).await.again);
     let lives = open.iter().find(|s| s.name == "lives").unwrap().vm;
     let about: Vec<_> =

@@ -92,5 +92,5 @@ async fn a_disk_handed_over_as_a_descriptor() {
     let start = world.log.wait(started).await;
     assert_eq!(start.images[0].slot, "root");
     assert_eq!(start.images[0].path, disk.to_string_lossy());
-    assert_eq!(start.images[0].digest.to_string(), sha256_of(&disk));
+    assert_eq!(start.images[0].digest.to_string(), verity_of(&disk));
 }

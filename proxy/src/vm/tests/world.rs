@@ -13,7 +13,7 @@ use std::{
 
 use onequote_evidence::{
     event::{Event, EventBody},
-    id::{BootId, TimeMs},
+    id::{BootId, Sha256, TimeMs},
 };
 use tempfile::TempDir;
 use tokio::{process::Child, sync::watch, time::timeout};
@@ -206,6 +206,14 @@ pub(super) fn second_monitor(name: &str) -> String {
     format!("unix:{name},server=on,wait=off")
 }
 
+/// The digest of a disk image, as it is logged.
+pub(super) fn verity_of(path: &Path) -> String {
+    let file = std::fs::File::open(path).unwrap();
+    let digest = onequote_verity::measure(&file, onequote_verity::Options::default()).unwrap().digest;
+    format!("fs-verity:{}", Sha256(digest))
+}
+
+/// The digest of any other file, as it is logged.
 pub(super) fn sha256_of(path: &Path) -> String {
     let sum = Command::new("sha256sum").arg(path).output().unwrap().stdout;
     format!("sha256:{}", String::from_utf8_lossy(&sum[..64]))
