@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 
 use onequote_evidence::{
     event::{Depth, Event, EventBody, Image, VmRef},
-    id::{BootId, Sha256},
+    id::{BootId, Sha256, TimeMs},
 };
 
 /// All VMs whose QEMU process has not ended, by the log.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
+    since: Option<TimeMs>,
     vms: BTreeMap<VmRef, LoggedVm>,
 }
 
@@ -59,8 +60,17 @@ pub struct LoggedBoot {
 }
 
 impl Inventory {
+    /// When the log began, by the host's clock.
+    #[must_use]
+    pub fn since(&self) -> Option<TimeMs> {
+        self.since
+    }
+
     /// Takes in the next event of the log.
     pub fn apply(&mut self, event: &Event) {
+        if let EventBody::ProxyStart(_) = &event.body {
+            self.since.get_or_insert(event.time);
+        }
         let Some(key) = event.vm else { return };
         if let EventBody::VmCreate(body) = &event.body {
             let vm = self.vms.entry(key).or_insert_with(|| LoggedVm {

@@ -211,7 +211,7 @@ bodies! {
         #[n(6)] pub memory: u64,
         /// Virtual processors.
         #[n(7)] pub cpus: u32,
-        /// The accelerator: `kvm` or `tcg`.
+        /// The accelerator: `kvm`, `tcg`, or another one by QEMU's name for it.
         #[n(8)] pub accelerator: String,
         /// The guest's vsock CID, where QEMU knows it.
         #[n(9)] pub guest_cid: Option<u64>,

@@ -48,6 +48,9 @@ pub enum MeasureErrorKind {
     /// QEMU has another file mapped.
     #[error("is not the file that QEMU has mapped: the path was exchanged; start QEMU again")]
     NotMapped,
+    /// Who answers at the monitor is not, or does not speak for, the process that is measured.
+    #[error("is answered by somebody else than the QEMU process: {0}")]
+    Impostor(String),
     /// There is no way to measure it.
     #[error("cannot be measured: {0}")]
     Unsupported(String),
@@ -66,6 +69,7 @@ impl MeasureError {
     pub(crate) fn cause(&self) -> RefuseCause {
         match self.kind {
             MeasureErrorKind::LoadedDiffers(_) | MeasureErrorKind::NotMapped => RefuseCause::LoadedDiffers,
+            MeasureErrorKind::Impostor(_) => RefuseCause::Impostor,
             MeasureErrorKind::Changed | MeasureErrorKind::ChangedSinceStart | MeasureErrorKind::NotHeld => {
                 RefuseCause::Changed
             }

@@ -1,8 +1,10 @@
 //! What QEMU's machine object says it loads.
 
 use qapi::qmp::qom_get;
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Value, json};
 
+use super::Arguments;
 use crate::qmp::{Qmp, QmpError};
 
 /// Properties of `/machine` that name what is loaded. Empty strings stand for nothing given.
@@ -48,6 +50,71 @@ impl Machine {
     }
 }
 
+/// The accelerator: `kvm`, `tcg`, or what the arguments ask for where QEMU does not tell (`xen`, `hvf`).
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn accelerator(qmp: &Qmp, given: &Arguments) -> Result<String, QmpError> {
+    if qmp.execute(qapi::qmp::query_kvm {}).await?.enabled {
+        return Ok("kvm".to_owned());
+    }
+    if jit(qmp).await?.is_some() {
+        return Ok("tcg".to_owned());
+    }
+    let asked = given.of_machine("accel", "accel").last().cloned().unwrap_or_default();
+    let first = asked.split(',').next().unwrap_or_default();
+    // Several stand for the first one that works; that KVM does not was told above.
+    let rest: Vec<&str> = first.split(':').filter(|name| !name.is_empty() && *name != "kvm").collect();
+    Ok(if rest.is_empty() { "tcg".to_owned() } else { rest.join(":") })
+}
+
+/// Whether the guest has executed anything, where QEMU tells. A VM that waits in `prelaunch` has not, unless somebody let
+/// it run, stopped it and reset it: QEMU puts it back into `prelaunch` then (`softmmu/runstate.c`, `main_loop_should_exit`).
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn has_run(qmp: &Qmp) -> Result<Option<bool>, QmpError> {
+    if let Some(text) = jit(qmp).await? {
+        return Ok(jit_has_run(&text));
+    }
+    let stats = json!({"target": "vcpu", "providers": [{"provider": "kvm", "names": ["exits"]}]});
+    match qmp.call::<Value>("query-stats", stats).await {
+        Ok(stats) => Ok(exits(&stats).map(|exits| exits > 0)),
+        Err(QmpError::Refused { .. }) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// What TCG tells of its translations; none with another accelerator, and before QEMU 6.2.
+async fn jit(qmp: &Qmp) -> Result<Option<String>, QmpError> {
+    #[derive(Deserialize)]
+    struct Text {
+        #[serde(rename = "human-readable-text")]
+        text: String,
+    }
+    match qmp.call::<Text>("x-query-jit", json!({})).await {
+        Ok(answer) => Ok(Some(answer.text)),
+        Err(QmpError::Refused { .. }) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether a block was ever translated: there are some, or all were thrown away (QEMU `accel/tcg/translate-all.c`,
+/// `dump_exec_info`).
+fn jit_has_run(text: &str) -> Option<bool> {
+    let count = |name: &str| {
+        let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+        rest.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    };
+    Some(count("TB count")? > 0 || count("TB flush count")? > 0)
+}
+
+/// How often all processors came back from the guest.
+fn exits(stats: &Value) -> Option<u64> {
+    let of = |cpu: &Value| cpu["stats"].as_array()?.iter().find(|s| s["name"] == "exits")?["value"].as_u64();
+    stats.as_array()?.iter().map(of).sum()
+}
+
 /// A property of the machine; empty when the machine has none of that name.
 async fn text(qmp: &Qmp, property: &str) -> Result<String, QmpError> {
     let get = qom_get { path: "/machine".to_owned(), property: property.to_owned() };
@@ -55,5 +122,28 @@ async fn text(qmp: &Qmp, property: &str) -> Result<String, QmpError> {
         Ok(Value::String(text)) => Ok(text),
         Ok(_) | Err(QmpError::Refused { .. }) => Ok(String::new()),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tcg_and_kvm_tell() {
+        let text = |count, flushes| {
+            format!(
+                "Translation buffer state:\nTB count            {count}\nStatistics:\nTB flush count      {flushes}\n"
+            )
+        };
+        assert_eq!(jit_has_run(&text(0, 0)), Some(false));
+        assert_eq!(jit_has_run(&text(1, 0)), Some(true));
+        assert_eq!(jit_has_run(&text(0, 2)), Some(true));
+        assert_eq!(jit_has_run("TB count ?"), None);
+        let cpu = |exits: u64| json!({"provider": "kvm", "stats": [{"name": "exits", "value": exits}]});
+        assert_eq!(exits(&json!([cpu(0), cpu(3)])), Some(3));
+        assert_eq!(exits(&json!([cpu(0)])), Some(0));
+        assert_eq!(exits(&json!([{"stats": []}])), None);
     }
 }

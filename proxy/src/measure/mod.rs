@@ -23,6 +23,7 @@
 
 mod args;
 mod blocks;
+mod claims;
 mod cli;
 mod digest;
 mod error;
@@ -40,7 +41,7 @@ pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Wanted};
 pub use error::{MeasureError, MeasureErrorKind};
 pub(crate) use file::measure_path;
 pub use file::{MeasuredFile, Stamp};
-pub use machine::Machine;
+pub use machine::{Machine, accelerator, has_run};
 pub use process::{Held, Process};
 pub(crate) use vm::quoted;
 pub use vm::{Kept, Measurement, VmMeter};

@@ -160,6 +160,21 @@ impl Process {
         Ok(held)
     }
 
+    /// Whether it holds a socket open.
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn holds_socket(&self, inode: u64) -> io::Result<bool> {
+        let name = format!("socket:[{inode}]");
+        for entry in fs::read_dir(self.path("fd"))? {
+            // One that was closed meanwhile has no name.
+            if fs::read_link(entry?.path()).is_ok_and(|to| to.as_os_str() == name.as_str()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Opens for reading the file behind one of its descriptors, whatever names it now.
     ///
     /// # Errors

@@ -95,6 +95,7 @@ impl VmMeter<'_> {
     /// The first item that could not be measured.
     pub async fn measure(&self) -> Result<Measurement, MeasureError> {
         let given = self.given().await?;
+        self.must_be_who_it_seems(&given).await?;
         let mut components = self.program_and_arguments(&given).await?;
         components.extend(self.loaded(&given).await?);
         let roms = self.option_roms(&given, &components).await?;
@@ -105,7 +106,10 @@ impl VmMeter<'_> {
     }
 
     /// QEMU's arguments, with the configuration files that they name.
-    async fn given(&self) -> Result<Arguments, MeasureError> {
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn given(&self) -> Result<Arguments, MeasureError> {
         let args = self.process.arguments().map_err(|e| MeasureError::of(Role::Arguments.word(), e))?;
         let dir = self.working_dir()?;
         let mut given = Arguments::parse(&args);

@@ -23,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Event, Events, Limits, QmpError, events::Queue, line::LineReader};
+use super::{Event, Events, Limits, QmpError, events::Queue, line::LineReader, peer::peer_inode};
 
 /// Commands that wait to be written.
 const OUTGOING: usize = 64;
@@ -35,6 +35,7 @@ pub struct Qmp {
     outgoing: mpsc::Sender<Vec<u8>>,
     limits: Limits,
     peer: Option<u32>,
+    peer_socket: Result<u64, String>,
     version: [i64; 3],
     _tasks: Arc<Tasks>,
 }
@@ -46,6 +47,7 @@ pub struct WeakQmp {
     outgoing: mpsc::Sender<Vec<u8>>,
     limits: Limits,
     peer: Option<u32>,
+    peer_socket: Result<u64, String>,
     version: [i64; 3],
     tasks: Weak<Tasks>,
 }
@@ -54,8 +56,8 @@ impl WeakQmp {
     /// The monitor, if somebody has it open.
     #[must_use]
     pub fn upgrade(&self) -> Option<Qmp> {
-        let Self { shared, outgoing, limits, peer, version, tasks } = self.clone();
-        Some(Qmp { shared, outgoing, limits, peer, version, _tasks: tasks.upgrade()? })
+        let Self { shared, outgoing, limits, peer, peer_socket, version, tasks } = self.clone();
+        Some(Qmp { shared, outgoing, limits, peer, peer_socket, version, _tasks: tasks.upgrade()? })
     }
 }
 
@@ -87,6 +89,8 @@ impl Qmp {
             return Err(QmpError::NotQmp(QmpError::excerpt(&greeting)));
         };
         let version = greeting.qmp.version.qemu;
+        // Whoever greeted has accepted the connection.
+        let peer_socket = peer_inode(write.as_ref()).map_err(|e| e.to_string());
 
         let queue = Queue::new(limits.events);
         let shared = Arc::new(Shared { next: AtomicU64::new(1), state: Mutex::default() });
@@ -99,6 +103,7 @@ impl Qmp {
             outgoing,
             limits: limits.clone(),
             peer,
+            peer_socket,
             version: [version.major, version.minor, version.micro],
             _tasks: Arc::new(tasks),
         };
@@ -109,14 +114,22 @@ impl Qmp {
     /// A way to it that does not keep it open.
     #[must_use]
     pub fn downgrade(&self) -> WeakQmp {
-        let Self { shared, outgoing, limits, peer, version, _tasks } = self.clone();
-        WeakQmp { shared, outgoing, limits, peer, version, tasks: Arc::downgrade(&_tasks) }
+        let Self { shared, outgoing, limits, peer, peer_socket, version, _tasks } = self.clone();
+        WeakQmp { shared, outgoing, limits, peer, peer_socket, version, tasks: Arc::downgrade(&_tasks) }
     }
 
     /// The process id of QEMU as the kernel knows it (`SO_PEERCRED`).
     #[must_use]
     pub fn peer_pid(&self) -> Option<u32> {
         self.peer
+    }
+
+    /// The inode of the socket at the monitor's end, or why the kernel does not tell it.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn peer_socket(&self) -> Result<u64, &str> {
+        self.peer_socket.as_ref().copied().map_err(String::as_str)
     }
 
     /// QEMU's version as it greeted: `major.minor.micro`.

@@ -22,6 +22,7 @@ mod connection;
 mod error;
 mod events;
 mod line;
+mod peer;
 #[cfg(test)]
 mod tests;
 

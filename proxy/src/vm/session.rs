@@ -52,6 +52,8 @@ pub(super) struct Session {
     pub(super) events: Events,
     pub(super) facts: Facts,
     pub(super) depth: Depth,
+    /// Other ways to command it, as they were when it was met.
+    pub(super) monitors: Vec<String>,
     /// Whether the current block graph and outline are in the log.
     pub(super) measured: bool,
     /// Whether the log has the VM's creation, or will have.
@@ -105,6 +107,7 @@ impl Session {
             events,
             facts,
             depth: Depth::Observe,
+            monitors: Vec::new(),
             measured: false,
             created: false,
             leaves: Vec::new(),

@@ -1,11 +1,18 @@
 //! The first look at a session, and each look anew after a gap: measure, log, let run.
 
+use std::{
+    sync::PoisonError,
+    time::{Duration, SystemTime},
+};
+
 use onequote_evidence::{
     event::{Depth, EventBody, GapReason, LogGap, RefuseCause, VmAttach, VmCreate, VmRefuse, VmStart},
     id::SessionId,
 };
 
 use super::{
+    commanders,
+    facts::run_state,
     registry::{LiveVm, NoticeKind, Stage},
     session::Session,
 };
@@ -24,10 +31,20 @@ pub(super) enum Occasion {
     Retry,
 }
 
+/// What is known of a process before it is measured.
+struct Introduced {
+    /// It was started with `-S`: the proxy lets it run.
+    should_wait: bool,
+    /// Its guest has executed something.
+    has_run: bool,
+}
+
 impl Session {
     /// Takes the session into the registry, measures it, logs it and lets it run.
     pub(super) async fn assess(&mut self, occasion: Occasion) {
-        let gate = self.facts.run_state == "prelaunch";
+        let own = self.introduce().await;
+        let waits = self.facts.run_state == "prelaunch";
+        let gate = waits && !own.has_run;
         self.depth = if gate { Depth::Gate } else { Depth::Observe };
         self.measured = false;
         if let Err(other) = self.enter().await {
@@ -45,6 +62,10 @@ impl Session {
         if !gate {
             // It runs: until it is measured, the log says at least that it is there.
             self.head(occasion);
+            if occasion == Occasion::First && own.should_wait && self.watched_from_its_start() {
+                let how = if waits { "it ran, was stopped and reset" } else { "it runs already" };
+                self.tell_continued(&format!("it was started with -S, but {how}"));
+            }
             self.flush().await;
         }
         self.meeting = None;
@@ -55,6 +76,9 @@ impl Session {
             measured = self.measure(!gate) => measured,
         };
         if gate {
+            if !self.waits_still().await {
+                return self.attach_continued(occasion).await;
+            }
             self.head(occasion);
         }
         match measured {
@@ -100,7 +124,7 @@ impl Session {
                 accelerator: self.facts.accelerator.clone(),
                 guest_cid: self.facts.guest_cid,
                 devices: self.facts.devices.clone(),
-                monitors: Vec::new(),
+                monitors: self.monitors.clone(),
             }),
             Occasion::ProxyDown => self.log(LogGap {
                 reason: GapReason::ProxyDown,
@@ -139,9 +163,18 @@ impl Session {
             }
             Err(e) => return self.refuse(RefuseCause::Changed, e.to_string(), e.item).await,
         }
+        if self.facts.run_state == "prelaunch" && !self.waits_still().await {
+            self.tell_continued("it was let run after it had been measured, but not by the proxy");
+            return match self.measure(true).await {
+                Ok(measurement) => self.attach(measurement, false).await,
+                Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
+            };
+        }
         self.measured = true;
         self.stage(Stage::Watched);
         self.env.registry.tell(self.vm, NoticeKind::Started);
+        // Whatever another monitor did since the last look, or does before QEMU takes this command, is looked for at once.
+        self.recheck = true;
         match self.qmp.execute(qapi::qmp::cont {}).await {
             Ok(_) => tracing::info!(vm = %self.name, "measured, logged and let run"),
             Err(e) => self.fail(format!("{} is measured and logged, but does not run: {e}", self.name)),
@@ -166,6 +199,60 @@ impl Session {
             }
         }
         self.env.registry.tell(self.vm, NoticeKind::Started);
+    }
+
+    /// What can be known of the process without measuring it.
+    async fn introduce(&mut self) -> Introduced {
+        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
+        // What cannot be read is an error when it is measured.
+        let given = meter.given().await.unwrap_or_default();
+        let dir = self.process.working_dir().unwrap_or_default();
+        let qmp = &self.qmp;
+        let asked = tokio::join!(
+            measure::accelerator(qmp, &given),
+            commanders::ask(qmp, &given, &self.socket, &dir),
+            measure::has_run(qmp),
+        );
+        let (accelerator, monitors, has_run) = asked;
+        if let Ok(accelerator) = accelerator {
+            self.facts.accelerator = accelerator;
+        }
+        self.monitors = monitors.unwrap_or_else(|e| vec![format!("unknown: {e}")]);
+        Introduced { should_wait: given.names.contains("S"), has_run: matches!(has_run, Ok(Some(true))) }
+    }
+
+    /// Whether the log that is written now was written when the process started: then nobody else than the proxy was to
+    /// let it run. A VM that was let run in an older log is there without a trace in this one.
+    fn watched_from_its_start(&self) -> bool {
+        let since = self.env.inventory.read().unwrap_or_else(PoisonError::into_inner).since();
+        let since = SystemTime::UNIX_EPOCH + Duration::from_millis(since.map_or(0, |time| time.0));
+        self.process.started().is_ok_and(|started| started > since)
+    }
+
+    /// Whether it is still in `prelaunch`. A guest that ran leaves that state, and does not come back to it without a
+    /// reset.
+    async fn waits_still(&self) -> bool {
+        // What is wrong with a monitor that does not answer shows in the next command.
+        run_state(&self.qmp).await.map_or(true, |state| state == "prelaunch")
+    }
+
+    /// Logs that somebody else let it run.
+    fn tell_continued(&mut self, how: &str) {
+        let reason = format!("{how}: somebody else let it run");
+        self.fail(format!("{}: {reason}", self.name));
+        self.log(VmRefuse { reason, item: String::new(), cause: RefuseCause::Continued });
+    }
+
+    /// Somebody let it run while it was measured: what was measured is worth no more than of one that ran before.
+    async fn attach_continued(&mut self, occasion: Occasion) {
+        self.depth = Depth::Observe;
+        self.head(occasion);
+        self.tell_continued("it was let run while it was measured");
+        self.flush().await;
+        match self.measure(true).await {
+            Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
+            Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
+        }
     }
 
     /// Logs that the VM is not let run, and leaves it as it is.

@@ -7,4 +7,5 @@ mod gate;
 mod life;
 mod loaded;
 mod more;
+mod who;
 mod world;

@@ -34,6 +34,9 @@ pub(super) struct World {
     pub(super) manager: Option<Manager>,
 }
 
+/// Something that happens while events are logged.
+pub(super) type Meanwhile = BoxFuture<'static, ()>;
+
 /// A log in memory: one list of events for each record.
 #[derive(Default)]
 pub(super) struct Log {
@@ -44,12 +47,18 @@ pub(super) struct Log {
     pub(super) broken: AtomicBool,
     /// Everything is logged, and whoever asks is told that it is not.
     pub(super) lying: AtomicBool,
+    /// Done once, when the next events come.
+    pub(super) meanwhile: Mutex<Option<Meanwhile>>,
 }
 
 impl EventSink for Log {
     fn append(&self, events: Vec<Event>) -> BoxFuture<'_, Result<(), SinkError>> {
         Box::pin(async {
             self.ready().await?;
+            let meanwhile = self.meanwhile.lock().unwrap().take();
+            if let Some(meanwhile) = meanwhile {
+                meanwhile.await;
+            }
             for event in &events {
                 self.inventory.write().unwrap().apply(event);
             }
