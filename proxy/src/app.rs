@@ -33,13 +33,16 @@ use crate::{
     guest::{self, Listeners, Room, VmDirectory},
     identity::{Identity, IdentityError},
     inventory::Inventory,
-    log::{FileStore, LogHandle, PcrRole, Recorder, RecorderConfig, RecorderError, StoreError},
+    log::{
+        FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig, RecorderError,
+        StoreError,
+    },
     measure,
-    serve::{Doors, TlsListener, publish_address, serve_admin, serve_verifiers},
+    serve::{Deleting, Doors, ReadPast, TlsListener, publish_address, serve_admin, serve_verifiers},
     sink::{BoxFuture, EventSink, SinkError},
     status::{LiveStatus, StatusSource},
     tpm::{EsapiTpm, Tpm as _, TpmError},
-    vm::{self, LiveVm, Manager, NoticeKind, ReferenceError, References, Registry, Stage},
+    vm::{self, Deleter, LiveVm, Manager, NoticeKind, PastVms, ReferenceError, References, Registry, Stage},
 };
 
 /// Why the proxy does not run.
@@ -165,12 +168,21 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         ima_list: config.host.ima_list.clone(),
     }
     .start();
+    let deleting = Deleting {
+        deleter: Deleter {
+            registry: commanded.clone(),
+            sink: Arc::new(LogSink { log: log.clone(), role: PcrRole::Vm }),
+            digester: digester.clone(),
+            clock: now,
+        },
+        past: past_vms(config.log_dir(), log.clone()),
+    };
     let status: Arc<dyn StatusSource> =
         Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room, digester });
     let doors = Doors { attest, status };
     let (admin, admin_doors) = (config.admin_socket(), doors.clone());
     tasks.spawn(async move {
-        serve_admin(&admin, admin_doors, commanded).await.map_err(io_error("the proxy's own socket"))
+        serve_admin(&admin, admin_doors, commanded, deleting).await.map_err(io_error("the proxy's own socket"))
     });
     // Nobody is answered before it is known which VMs there are: a host must not look complete because it was asked early.
     tokio::select! {
@@ -282,6 +294,29 @@ impl Directory {
         let live = |vm: &&LiveVm| matches!(vm.stage, Stage::Watched | Stage::MonitorLost);
         self.0.snapshot().vms.iter().filter(live).find(|vm| fits(vm)).map(|vm| vm.vm)
     }
+}
+
+/// Reads all logs that are there, the current one as far as it is recorded.
+fn past_vms(dir: PathBuf, log: LogHandle) -> ReadPast {
+    Arc::new(move || {
+        let (head, folder) = (log.head()?, LogFolder::new(&dir));
+        let mut past = PastVms::default();
+        for epoch in folder.epochs()? {
+            let current = epoch == head.epoch.number;
+            let records = if current { head.log_len } else { u64::MAX };
+            for record in RecordStream::new(&folder, epoch, 0, 0).take(usize::try_from(records).unwrap_or(usize::MAX)) {
+                let events = record.map(|record| record.events());
+                match events {
+                    Ok(Ok(events)) => events.iter().for_each(|event| past.apply(event)),
+                    Err(e) if current => return Err(e),
+                    // What is damaged of an old log is not recorded.
+                    Ok(Err(_)) | Err(_) => break,
+                }
+            }
+            past.end_epoch();
+        }
+        Ok(past)
+    })
 }
 
 fn listen_vsock(listeners: &Listeners, wanted: Option<bool>) -> Result<(), AppError> {

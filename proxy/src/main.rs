@@ -8,8 +8,8 @@ use clap::Parser as _;
 use onequote_proxy::{
     app,
     cli::{
-        Cli, Command, End, VmCommandError, end_vm, export_ima, ignore_closed_pipe, list_vms, print_log, print_status,
-        retry_vm,
+        Cli, Command, End, VmCommandError, delete_vm, end_vm, export_ima, ignore_closed_pipe, list_vms, print_log,
+        print_status, retry_vm,
     },
     config::Config,
     launch::{Description, HostVsock, Launch, VsockWish, host_has_vsock, taken_cids},
@@ -57,6 +57,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Kill { vm, timeout } => end(&config, &vm, End::Quit, timeout),
         Command::Retry { vm } => {
             Ok(runtime()?.block_on(retry_vm(&config.admin_socket(), &vm, &mut io::stderr().lock()))?)
+        }
+        Command::Delete { vm } => {
+            Ok(runtime()?.block_on(delete_vm(&config.admin_socket(), &vm, &mut io::stderr().lock()))?)
         }
         Command::Status { json } => {
             let printed = runtime()?.block_on(print_status(&config.admin_socket(), json, &mut io::stdout().lock()));

@@ -5,8 +5,8 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, Result, ensure};
-use onequote_evidence::event::{Depth, Event, EventBody, Role, StopCause};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use onequote_evidence::event::{Depth, Event, EventBody, Role, StopCause, VmDelete};
 use onequote_tests::lab::{Bare, Process, World, wait};
 use serde_json::Value;
 
@@ -210,6 +210,59 @@ fn a_refused_vm_is_tried_again_once_its_file_is_back() {
         })?;
         run(world, &["retry", "web1"], NOT_NOW, &["web1 was not refused", "watched"])?;
         run(world, &["kill", "web1"], 0, &["its end is logged"])?;
+        ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
+        world.bound_log()?;
+        Ok(())
+    });
+}
+
+fn deletions(world: &World) -> Result<Vec<VmDelete>> {
+    let deletion = |event: Event| match event.body {
+        EventBody::VmDelete(delete) => Some(delete),
+        _ => None,
+    };
+    Ok(events(world)?.into_iter().filter_map(deletion).collect())
+}
+
+#[test]
+fn a_vm_that_will_not_come_back_is_deleted() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        run(world, &["delete", "web1"], NO_VM, &["no VM web1", "logs"])?;
+        let file = world.describe_bare("web1", "", "")?;
+        let mut bare = world.launch_bare(&file)?;
+        wait_runs(world, &mut bare)?;
+        run(world, &["delete", "web1"], NOT_NOW, &["web1 is there", "stop web1"])?;
+        run(world, &["kill", "web1"], 0, &["its end is logged"])?;
+
+        // What the image is now counts, not what it was.
+        let disk = bare.folder().join("disk.img");
+        fs::write(&disk, vec![0xa5; 4096])?;
+        run(world, &["delete", "web1"], 0, &["web1: deleted", "disk0", "disk.img"])?;
+        let [deleted] = deletions(world)?.try_into().map_err(|all| anyhow!("{all:?}"))?;
+        ensure!(deleted.name == "web1" && deleted.unmeasured.is_empty(), "{deleted:?}");
+        let measured = world.proxy_command(&["measure", "--json", &disk.display().to_string()])?.success()?.output;
+        let digest = deleted.images[0].digest.value.to_string();
+        ensure!(
+            deleted.images.len() == 1 && deleted.images[0].size == 4096 && measured.contains(&digest),
+            "{deleted:?}"
+        );
+        run(world, &["delete", "web1"], NOT_NOW, &["web1 was deleted already"])?;
+        ensure!(deletions(world)?.len() == 1, "deleted twice");
+
+        // It came back against all words; this time its disk is gone with it. The proxy knows of it from its log alone.
+        let mut bare = world.launch_bare(&file)?;
+        wait_runs(world, &mut bare)?;
+        run(world, &["kill", "web1"], 0, &["its end is logged"])?;
+        fs::remove_file(&disk)?;
+        ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
+        world.start_proxy()?;
+        run(world, &["delete", "web1"], 0, &["web1: deleted", "not measured: disk0"])?;
+        let last = deletions(world)?.pop().context("no deletion")?;
+        ensure!(last.images.is_empty() && last.unmeasured.len() == 1, "{last:?}");
+
+        let verdict = world.verifier(&["attest", World::HOST])?;
+        ensure!(!verdict.output.contains("unknown-event"), "{}", verdict.output);
         ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
         world.bound_log()?;
         Ok(())

@@ -13,7 +13,7 @@ use crate::measure::Algorithms;
 
 pub use log::print_log;
 pub use status::{export_ima, print_status};
-pub use vms::{End, VmCommandError, end_vm, list_vms, retry_vm};
+pub use vms::{End, VmCommandError, delete_vm, end_vm, list_vms, retry_vm};
 
 /// Measures the VMs of a QEMU host into its TPM and answers verifiers with one quote for all of them.
 #[derive(Debug, Parser)]
@@ -86,6 +86,11 @@ pub enum Command {
     },
     /// Looks again at a VM that was not let run, and lets it run if nothing is wrong with it any more.
     Retry {
+        /// The VM's name or UUID.
+        vm: String,
+    },
+    /// Says in the log that a VM which has ended will not come back, with the digests of the images that it could write.
+    Delete {
         /// The VM's name or UUID.
         vm: String,
     },

@@ -1,4 +1,4 @@
-//! `list`, `stop`, `kill`, `retry`: VMs, as people handle them.
+//! `list`, `stop`, `kill`, `retry`, `delete`: VMs, as people handle them.
 
 use std::{
     io::{self, Write},
@@ -71,6 +71,20 @@ struct Vm {
     session: String,
     stage: String,
     run_state: String,
+}
+
+/// What was logged of a deletion.
+#[derive(Debug, Deserialize)]
+struct Deleted {
+    name: String,
+    images: Vec<DeletedImage>,
+    unmeasured: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct DeletedImage {
+    slot: String,
+    path: String,
 }
 
 /// Prints the VMs that the proxy manages.
@@ -200,6 +214,22 @@ fn too_late(vm: &Vm, end: End, limit: Duration) -> String {
 pub async fn retry_vm(socket: &Path, name: &str, out: &mut dyn Write) -> Result<(), VmCommandError> {
     let vm: Vm = command_vm(socket, name, "retry").await?;
     Ok(writeln!(out, "{}: measured, logged and let run", vm.name)?)
+}
+
+/// Says that a VM which has ended will not come back.
+///
+/// # Errors
+/// [`VmCommandError`].
+pub async fn delete_vm(socket: &Path, name: &str, out: &mut dyn Write) -> Result<(), VmCommandError> {
+    let deleted: Deleted = command_vm(socket, name, "delete").await?;
+    writeln!(out, "{}: deleted in the log; its files are left where they are", printable(&deleted.name))?;
+    for image in deleted.images {
+        writeln!(out, "    {} {}", printable(&image.slot), printable(&image.path))?;
+    }
+    for image in deleted.unmeasured {
+        writeln!(out, "    not measured: {}", printable(&image))?;
+    }
+    Ok(())
 }
 
 /// The name is checked here: it becomes part of a path.

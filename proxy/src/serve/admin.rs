@@ -13,7 +13,7 @@ use axum::{
 use serde::Deserialize;
 use tokio::net::UnixListener;
 
-use super::{Doors, vms};
+use super::{Deleting, Doors, vms};
 use crate::vm::Registry;
 
 #[derive(Deserialize)]
@@ -26,7 +26,7 @@ struct Boot {
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub async fn serve_admin(path: &Path, doors: Doors, registry: Registry) -> io::Result<()> {
+pub async fn serve_admin(path: &Path, doors: Doors, registry: Registry, deleting: Deleting) -> io::Result<()> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(named(e)),
@@ -38,7 +38,7 @@ pub async fn serve_admin(path: &Path, doors: Doors, registry: Registry) -> io::R
         .route("/v1/status", get(super::status))
         .route("/v1/guests/{vm}/ima", get(guest_ima))
         .with_state(doors)
-        .merge(vms::router(registry));
+        .merge(vms::router(registry, deleting));
     axum::serve(listener, app).await
 }
 

@@ -7,7 +7,8 @@
 //!
 //! The Unix socket, for its owner only:
 //! - `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
-//! - `POST /v1/vms/{VM}/power-down`, `…/quit`, `…/retry` → JSON of the VM as it was when it was asked; 404 when there is
+//! - `POST /v1/vms/{VM}/power-down`, `…/quit`, `…/retry` → JSON of the VM as it was when it was asked, and
+//!   `…/delete` → JSON of what was logged; 404 when there is
 //!   no such VM, 409 when it cannot do that now, 502 when its monitor fails.
 //! - `GET /v1/sessions/{SESSION}?wait_ms=N` → JSON of the VM as soon as it is gone (`null`), at the latest after the wait.
 
@@ -33,6 +34,7 @@ use serde::Deserialize;
 pub use admin::serve_admin;
 pub use client::{AskError, ask, ask_json, tell};
 pub use tls::{Peer, TlsListener};
+pub use vms::{Deleting, ReadPast};
 
 use crate::{
     attest::AttestHandle,

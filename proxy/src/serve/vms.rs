@@ -1,6 +1,6 @@
 //! What the proxy's own command line may do to VMs.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -10,9 +10,12 @@ use axum::{
     routing::{get, post},
 };
 use onequote_evidence::id::SessionId;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::vm::{ControlError, LiveVm, Registry};
+use crate::{
+    log::RecorderError,
+    vm::{ControlError, Deleter, PastVms, Registry},
+};
 
 /// The longest that one question waits for the end of a VM. Who wants to wait longer asks again.
 const MAX_WAIT: Duration = Duration::from_secs(30);
@@ -24,13 +27,27 @@ struct Wait {
     wait_ms: u64,
 }
 
-pub(super) fn router(registry: Registry) -> Router {
+/// Reads what the logs say of VMs that have ended. It may take its time.
+pub type ReadPast = Arc<dyn Fn() -> Result<PastVms, RecorderError> + Send + Sync>;
+
+/// What deleting needs.
+#[derive(Clone)]
+pub struct Deleting {
+    /// Who does it.
+    pub deleter: Deleter,
+    /// Where it is looked up.
+    pub past: ReadPast,
+}
+
+pub(super) fn router(registry: Registry, deleting: Deleting) -> Router {
+    let deletion = Router::new().route("/v1/vms/{vm}/delete", post(delete)).with_state(deleting);
     Router::new()
         .route("/v1/vms/{vm}/power-down", post(power_down))
         .route("/v1/vms/{vm}/quit", post(quit))
         .route("/v1/vms/{vm}/retry", post(retry))
         .route("/v1/sessions/{session}", get(session))
         .with_state(registry)
+        .merge(deletion)
 }
 
 async fn power_down(State(registry): State<Registry>, Path(vm): Path<String>) -> Response {
@@ -45,6 +62,22 @@ async fn retry(State(registry): State<Registry>, Path(vm): Path<String>) -> Resp
     answer(registry.retry(&vm).await)
 }
 
+async fn delete(State(Deleting { deleter, past }): State<Deleting>, Path(vm): Path<String>) -> Response {
+    if let Ok(there) = deleter.registry.find(&vm) {
+        let alive = ControlError::Alive(there.name, there.stage.to_string());
+        return answer(Err::<(), _>(alive));
+    }
+    let read = tokio::task::spawn_blocking(move || past()).await;
+    let outcome = match read.map_err(|e| e.to_string()).and_then(|past| past.map_err(|e| e.to_string())) {
+        Ok(past) => match past.find(&vm) {
+            Some(past) => deleter.delete(past).await,
+            None => Err(ControlError::NoVm { name: vm, hint: ", nor was one, as far as the logs go back".to_owned() }),
+        },
+        Err(why) => Err(ControlError::Log(why)),
+    };
+    answer(outcome)
+}
+
 async fn session(State(registry): State<Registry>, Path(session): Path<String>, Query(wait): Query<Wait>) -> Response {
     let Ok(session) = session.parse::<SessionId>() else {
         let error = format!("{session:?} is no session's id");
@@ -54,9 +87,9 @@ async fn session(State(registry): State<Registry>, Path(session): Path<String>, 
     Json(registry.ended_within(session, wait).await).into_response()
 }
 
-fn answer(outcome: Result<LiveVm, ControlError>) -> Response {
+fn answer(outcome: Result<impl Serialize, ControlError>) -> Response {
     let error = match outcome {
-        Ok(vm) => return Json(vm).into_response(),
+        Ok(done) => return Json(done).into_response(),
         Err(error) => error,
     };
     let status = match &error {
@@ -64,8 +97,10 @@ fn answer(outcome: Result<LiveVm, ControlError>) -> Response {
         ControlError::Several(..)
         | ControlError::NotRunning(..)
         | ControlError::NotRefused(..)
+        | ControlError::Alive(..)
+        | ControlError::Deleted(_)
         | ControlError::RefusedAgain(_) => StatusCode::CONFLICT,
-        ControlError::Monitor { .. } => StatusCode::BAD_GATEWAY,
+        ControlError::Monitor { .. } | ControlError::Log(_) => StatusCode::BAD_GATEWAY,
     };
     (status, Json(serde_json::json!({"error": error.to_string()}))).into_response()
 }

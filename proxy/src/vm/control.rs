@@ -55,6 +55,15 @@ pub enum ControlError {
     /// It was not refused.
     #[error("{0} was not refused ({1}): there is nothing to try again")]
     NotRefused(String, String),
+    /// Only who is gone can be deleted.
+    #[error("{0} is there ({1}): `onequote-proxy stop {0}` or `kill {0}` first")]
+    Alive(String, String),
+    /// It is so already.
+    #[error("{0} was deleted already")]
+    Deleted(String),
+    /// The log takes nothing.
+    #[error("{0}")]
+    Log(String),
     /// It was refused again.
     #[error("{0}")]
     RefusedAgain(String),
