@@ -7,6 +7,7 @@ use std::{
 };
 
 use hyper::StatusCode;
+use onequote_evidence::event::Depth;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -71,6 +72,7 @@ struct Vm {
     session: String,
     stage: String,
     run_state: String,
+    depth: Depth,
 }
 
 /// What was logged of a deletion.
@@ -213,7 +215,12 @@ fn too_late(vm: &Vm, end: End, limit: Duration) -> String {
 /// [`VmCommandError`]; what is still wrong is [`VmCommandError::NotNow`].
 pub async fn retry_vm(socket: &Path, name: &str, out: &mut dyn Write) -> Result<(), VmCommandError> {
     let vm: Vm = command_vm(socket, name, "retry").await?;
-    Ok(writeln!(out, "{}: measured, logged and let run", vm.name)?)
+    let done = match vm.depth {
+        // Somebody else let it run before.
+        Depth::Observe => "measured while it runs, and logged as attached",
+        Depth::Gate | Depth::Intercept => "measured, logged and let run",
+    };
+    Ok(writeln!(out, "{}: {done}", vm.name)?)
 }
 
 /// Says that a VM which has ended will not come back.
