@@ -1,6 +1,7 @@
 //! The numbers that the project promises, measured on this machine: `cargo xtask bench [--json FILE]`.
 #![allow(clippy::print_stdout)]
 
+mod images;
 mod numbers;
 mod rounds;
 mod starts;
@@ -32,11 +33,15 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 6] = [
+const BENCHES: [(&str, Bench); 10] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
     ("round-guests", rounds::real),
+    ("image-speed", images::speed),
+    ("image-sparse", images::sparse),
+    ("image-changed", images::changed),
+    ("image-shared", images::shared),
     ("gate", starts::gate),
     ("many-vms", starts::many),
 ];

@@ -24,6 +24,10 @@ impl Numbers {
         self.add(name, value, unit, Some(format!("<= {bound}")), Some(value <= bound));
     }
 
+    pub(crate) fn at_least(&mut self, name: &str, value: f64, unit: &'static str, bound: f64) {
+        self.add(name, value, unit, Some(format!(">= {bound}")), Some(value >= bound));
+    }
+
     pub(crate) fn exactly(&mut self, name: &str, value: f64, unit: &'static str, wanted: f64) {
         self.add(name, value, unit, Some(format!("= {wanted}")), Some((value - wanted).abs() < f64::EPSILON));
     }
