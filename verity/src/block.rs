@@ -7,6 +7,13 @@ use crate::{BLOCK_SIZE, Digest};
 /// One block of data or of the tree.
 pub(crate) type Block = [u8; BLOCK_SIZE];
 
+static ZEROS: Block = [0; BLOCK_SIZE];
+
+/// Whether a block has nothing but zeros. Of most others the first bytes tell.
+pub(crate) fn is_zeros(block: &Block) -> bool {
+    block[..16] == [0; 16] && *block == ZEROS
+}
+
 /// How blocks are hashed. Both ways give the same digests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hasher {

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     BLOCK_SIZE, CHUNK, Digest, HASHES_PER_BLOCK, VerityError,
-    block::{Block, Hasher},
+    block::{Block, Hasher, is_zeros},
     driver::{Step, in_order},
     io::{idle_io, read_all, size_of, will_be_read},
     kernel,
@@ -249,7 +249,7 @@ impl Batch {
     pub(crate) fn hash(&mut self, hasher: Hasher, leaves: &mut [Digest]) {
         let mut odd: Option<usize> = None;
         for n in 0..self.used {
-            if self.data[n] == [0; BLOCK_SIZE] {
+            if is_zeros(&self.data[n]) {
                 leaves[self.places[n]] = zero_block();
             } else if let Some(m) = odd.take() {
                 [leaves[self.places[m]], leaves[self.places[n]]] = hasher.two(&self.data[m], &self.data[n]);

@@ -20,7 +20,7 @@ use std::{
 
 use crate::{
     BLOCK_SIZE, CHUNK, Digest, HASHES_PER_BLOCK, Measured, Options, Source, VerityError,
-    block::{Block, Hasher},
+    block::{Block, Hasher, is_zeros},
     driver::{Step, in_order},
     io::{Extents, idle_io, read_all, size_of},
     measure::{Batch, hash_all},
@@ -98,7 +98,7 @@ impl Changed {
 /// Writes the digests of some chunks. Changes `tree`.
 pub(crate) fn write(to: &File, chunk: u64, tree: &mut [Block], blocks: usize) -> io::Result<()> {
     flip(&mut tree.as_flattened_mut().as_chunks_mut::<32>().0[..blocks]);
-    if tree.iter().all(|block| *block == [0; BLOCK_SIZE]) {
+    if tree.iter().all(is_zeros) {
         return Ok(());
     }
     to.write_all_at(tree.as_flattened(), (chunk + 1) * BLOCK)

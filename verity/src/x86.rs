@@ -49,10 +49,11 @@ const K: [u32; 64] = [
     0x748f_82ee, 0x78a5_636f, 0x84c8_7814, 0x8cc7_0208, 0x90be_fffa, 0xa450_6ceb, 0xbef9_a3f7, 0xc671_78f2,
 ];
 
-/// FIPS 180-4, section 5.3.3, in the order in which the instructions keep it: a, b, e, f and c, d, g, h from the
-/// highest word down.
-const ABEF: [u32; 4] = [0x6a09_e667, 0xbb67_ae85, 0x510e_527f, 0x9b05_688c];
-const CDGH: [u32; 4] = [0x3c6e_f372, 0xa54f_f53a, 0x1f83_d9ab, 0x5be0_cd19];
+/// FIPS 180-4, section 5.3.3.
+#[rustfmt::skip]
+const INITIAL: [u32; 8] = [
+    0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19,
+];
 
 /// The padding of a message of [`BLOCK_SIZE`] bytes: the words of its schedule, each with its round's constant added.
 const PADDING: [u32; 64] = padding();
@@ -94,9 +95,9 @@ fn words(of: &[u32; 64], at: usize) -> __m128i {
 #[inline]
 #[target_feature(enable = "sse2")]
 fn start() -> Stream {
-    let state =
-        |s: [u32; 4]| _mm_set_epi32(s[0].cast_signed(), s[1].cast_signed(), s[2].cast_signed(), s[3].cast_signed());
-    Stream { abef: state(ABEF), cdgh: state(CDGH) }
+    // The order in which the instructions keep it, from the highest word down.
+    let [a, b, c, d, e, f, g, h] = INITIAL.map(u32::cast_signed);
+    Stream { abef: _mm_set_epi32(a, b, e, f), cdgh: _mm_set_epi32(c, d, g, h) }
 }
 
 /// 16 words, big-endian in the message.
@@ -144,11 +145,17 @@ fn two(a: &Block, b: &Block) -> [Digest; 2] {
         let before = (x, y);
         // The last 16 words of each schedule.
         let (mut v, mut w) = (load(piece_a), load(piece_b));
-        for n in 0..4 {
-            let k = words(&K, 4 * n);
-            rounds(&mut x, &mut y, _mm_add_epi32(v[n], k), _mm_add_epi32(w[n], k));
-        }
         // Unrolled: the words' places turn with the rounds.
+        macro_rules! first {
+            ($n:literal) => {
+                let k = words(&K, 4 * $n);
+                rounds(&mut x, &mut y, _mm_add_epi32(v[$n], k), _mm_add_epi32(w[$n], k));
+            };
+        }
+        first!(0);
+        first!(1);
+        first!(2);
+        first!(3);
         macro_rules! next {
             ($n:literal, $w0:literal, $w1:literal, $w2:literal, $w3:literal) => {
                 let k = words(&K, 4 * $n);

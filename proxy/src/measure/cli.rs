@@ -8,6 +8,7 @@ use std::{
 };
 
 use onequote_evidence::digest::{FileDigest, FileDigestAlg};
+use onequote_verity::Options;
 
 use super::{
     MeasureError, MeasureErrorKind, Stamp,
@@ -75,7 +76,9 @@ fn measure(path: &Path, alg: FileDigestAlg) -> Result<(u64, FileDigest), Measure
     let stamp = || file.metadata().map(|m| Stamp::from(&m));
     let before = stamp()?;
     let meter = Meter::new(format!("{}, {}", path.display(), alg.name()), onequote_verity::size_of(&file)?);
-    let measured = digest_now(&file, alg, cores(), false, &|done| meter.show(done));
+    let show = |done| meter.show(done);
+    let options = Options { threads: cores(), progress: &show, ..Options::default() };
+    let measured = digest_now(&file, alg, options);
     meter.clear();
     let measured = measured?;
     if stamp()? == before { Ok(measured) } else { Err(MeasureErrorKind::Changed) }

@@ -28,7 +28,7 @@ use onequote_evidence::{
     digest::{FileDigest, FileDigestAlg},
     id::Sha256,
 };
-use onequote_verity::{Options, VerityError};
+use onequote_verity::{Changed, Measured, Options, SavedTree, TreeError, VerityError};
 use serde::Serialize;
 use sha2::Digest as _;
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -208,7 +208,52 @@ impl Digester {
         }
         let active = self.activity(&file)?;
         let _waiting = Waiting::new(&active, wanted.progress);
-        read(&self.shared, active, wanted.alg).await
+        read(&self.shared, active, move |file, options| digest_now(file, wanted.alg, options)).await
+    }
+
+    /// The fs-verity digest of an image whose tree is kept in `tree`, an empty file, for [`Self::digest_changed`]. Tells
+    /// whether it was.
+    ///
+    /// # Errors
+    /// As for [`Self::digest`].
+    pub async fn digest_and_save(
+        &self,
+        file: Arc<File>,
+        tree: Arc<File>,
+    ) -> Result<(Digested, bool), MeasureErrorKind> {
+        let work = move |file: &File, options: Options<'_>| {
+            let measured = onequote_verity::measure(file, Options { save: Some(&tree), ..options })?;
+            Ok((digested(&measured), measured.saved))
+        };
+        read(&self.shared, self.activity(&file)?, work).await
+    }
+
+    /// The fs-verity digest of an image of which only `changed` differs from when it was `known` and `tree` was saved: no
+    /// more is read than that, unless the tree does not give `known`, or anything else is not certain. Tells whether the
+    /// tree served; otherwise the whole image was read.
+    ///
+    /// What is trusted is the caller's word about `known` and `changed`, and nothing about the tree.
+    ///
+    /// # Errors
+    /// As for [`Self::digest`].
+    pub async fn digest_changed(
+        &self,
+        file: Arc<File>,
+        tree: Arc<File>,
+        known: FileDigest,
+        changed: Changed,
+    ) -> Result<(Digested, bool), MeasureErrorKind> {
+        let work = move |file: &File, options: Options<'_>| {
+            let update = || SavedTree::open(tree.try_clone()?)?.update(file, &changed, &known.value.0, options);
+            match update() {
+                Ok(measured) if known.alg == FileDigestAlg::FsVerity => return Ok((digested(&measured), true)),
+                Ok(_) => tracing::warn!("the digest before is no fs-verity digest: an image is read as a whole"),
+                Err(TreeError::Verity(e @ VerityError::Stopped)) => return Err(e.into()),
+                Err(e) => tracing::warn!("a saved tree {e}: its image is read as a whole"),
+            }
+            Ok((digested(&onequote_verity::measure(file, options)?), false))
+        };
+        read(&self.shared, self.activity(&file)?, work).await
     }
 
     /// Files that are being read or wait to be.
@@ -249,7 +294,7 @@ impl Digester {
                 let (tell, outcome) = watch::channel(None);
                 let (shared, alg, reading) = (Arc::clone(&self.shared), wanted.alg, Arc::clone(&active));
                 let task = tokio::spawn(async move {
-                    let read = read(&shared, reading, alg).await;
+                    let read = read(&shared, reading, move |file, options| digest_now(file, alg, options)).await;
                     tell.send_replace(Some(read.map_err(|_| ())));
                 });
                 let flight = Arc::new(Flight { outcome, task: task.abort_handle(), active });
@@ -286,7 +331,11 @@ fn settled(stamp: &Stamp, now: SystemTime) -> bool {
 }
 
 /// Waits for its turn, then reads on threads of its own: one that hangs on a dead disk keeps none of the runtime's.
-async fn read(shared: &Arc<Shared>, active: Arc<Active>, alg: FileDigestAlg) -> Result<Digested, MeasureErrorKind> {
+async fn read<T: Send + 'static>(
+    shared: &Arc<Shared>,
+    active: Arc<Active>,
+    work: impl FnOnce(&File, Options<'_>) -> Result<T, MeasureErrorKind> + Send + 'static,
+) -> Result<T, MeasureErrorKind> {
     let _slot = shared.slots.acquire().await.map_err(io::Error::other)?;
     shared.read.fetch_add(1, Ordering::Relaxed);
     let busy = Busy::new(shared);
@@ -294,18 +343,18 @@ async fn read(shared: &Arc<Shared>, active: Arc<Active>, alg: FileDigestAlg) -> 
     let _guard = StopOnDrop(Arc::clone(&stop));
     let (threads, idle_io) = (busy.threads(), shared.limits.idle_io);
     let (tell, told) = oneshot::channel();
-    let work = move || {
+    let thread = move || {
         let progress = |done| {
             active.tell(done);
             !stop.load(Ordering::Relaxed)
         };
-        let digested = digest_now(&active.file, alg, threads, idle_io, &progress);
+        let digested = work(&active.file, Options { threads, idle_io, progress: &progress, save: None });
         // Whoever has the answer finds the reading ended.
         drop(active);
         // Nobody listens when the future was dropped.
         let _ = tell.send(digested);
     };
-    std::thread::Builder::new().name("measure".to_owned()).spawn(work)?;
+    std::thread::Builder::new().name("measure".to_owned()).spawn(thread)?;
     told.await.map_err(|_| MeasureErrorKind::from(io::Error::other("the thread that measured it failed")))?
 }
 
@@ -337,28 +386,22 @@ pub(super) fn cores() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// The digest, on this thread and others. `go_on` is told the bytes read so far and ends the reading by saying no.
-pub(super) fn digest_now(
-    file: &File,
-    alg: FileDigestAlg,
-    threads: NonZeroUsize,
-    idle_io: bool,
-    go_on: &(dyn Fn(u64) -> bool + Sync),
-) -> Result<Digested, MeasureErrorKind> {
+/// The digest, on this thread and, with fs-verity, others.
+pub(super) fn digest_now(file: &File, alg: FileDigestAlg, options: Options<'_>) -> Result<Digested, MeasureErrorKind> {
     match alg {
-        FileDigestAlg::FsVerity => {
-            let options = Options { threads, idle_io, progress: go_on, save: None };
-            let measured = onequote_verity::measure(file, options)?;
-            Ok((measured.size, FileDigest { alg, value: Sha256(measured.digest) }))
-        }
+        FileDigestAlg::FsVerity => Ok(digested(&onequote_verity::measure(file, options)?)),
         FileDigestAlg::Sha256 => {
-            if idle_io {
+            if options.idle_io {
                 // Courtesy to others: measuring goes on without it.
                 let _ = onequote_verity::idle_io();
             }
-            plain(file, go_on)
+            plain(file, options.progress)
         }
     }
+}
+
+fn digested(measured: &Measured) -> Digested {
+    (measured.size, FileDigest { alg: FileDigestAlg::FsVerity, value: Sha256(measured.digest) })
 }
 
 /// Plain SHA-256.
@@ -537,6 +580,38 @@ mod tests {
         tokio::task::spawn_blocking(move || while reading.recv().is_ok() {}).await.unwrap();
         assert_eq!(digester.files_read(), 1);
         assert!(digester.readings().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_tampered_tree_means_a_full_reading() {
+        use std::os::unix::fs::FileExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, vec![7; 5 << 20]).unwrap();
+        let file = Arc::new(File::options().read(true).write(true).open(&path).unwrap());
+        let tree = Arc::new(tempfile::tempfile().unwrap());
+        let digester = Digester::default();
+        let ((_, known), saved) = digester.digest_and_save(Arc::clone(&file), Arc::clone(&tree)).await.unwrap();
+        assert!(saved);
+        let mut changed = Changed::default();
+        file.write_all_at(b"changed", 1 << 20).unwrap();
+        changed.add(1 << 20..(1 << 20) + 7);
+        let want = digester.digest(Arc::clone(&file), wanted(None, None)).await.unwrap();
+        assert_ne!(want.1, known);
+        let again = |known, changed: &Changed| {
+            let (file, tree) = (Arc::clone(&file), Arc::clone(&tree));
+            digester.digest_changed(file, tree, known, changed.clone())
+        };
+        assert_eq!(again(known, &changed).await.unwrap(), (want, true));
+        // A digest that the tree does not give, and one of another kind.
+        assert_eq!(again(want.1, &changed).await.unwrap(), (want, false));
+        let plain = FileDigest { alg: FileDigestAlg::Sha256, ..known };
+        assert_eq!(again(plain, &changed).await.unwrap(), (want, false));
+        // The tree of something else: the change would go unseen if it were believed.
+        tree.write_all_at(&[1], 4096 * 3 + 5).unwrap();
+        assert_eq!(again(known, &Changed::default()).await.unwrap(), (want, false));
+        tree.set_len(0).unwrap();
+        assert_eq!(again(known, &changed).await.unwrap(), (want, false));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! **Measuring images.** Everything is in the page cache and read several times, in turns with what it is compared with; the
-//! median counts. What else the machine does meanwhile spoils wall-clock ratios, so its load is shown.
+//! median counts. What else the machine does meanwhile spoils wall-clock ratios, so its load is shown, and beside the
+//! ratios those of CPU time, times the cores: what they would be on a machine that does nothing else.
 //!
 //! - `image-speed`: a file of 4 GiB of noise: `onequote_verity::measure` on all cores, `openssl dgst -sha256`, and
 //!   `fsverity digest`, whose output must be the same.
@@ -36,18 +37,29 @@ pub(crate) fn speed(numbers: &mut Numbers) -> Result<()> {
     let path = noise(folder.path(), 4 * GIB)?;
     let file = File::open(&path)?;
     let (mut ours, mut openssl, mut fsverity) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut our_cpu, mut openssl_cpu, mut fsverity_cpu) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
+        let start = cpu_time()?;
         let (time, measured) = timed(|| Ok(measure(&file, all_cores())?))?;
         ours.push(time);
+        let after_ours = cpu_time()?;
+        our_cpu.push(after_ours - start);
         openssl.push(timed(|| run("openssl", &["dgst", "-sha256"], &path))?.0);
+        let after_openssl = cpu_time()?;
+        openssl_cpu.push(after_openssl - after_ours);
         let (time, told) = timed(|| run("fsverity", &["digest", "--compact"], &path))?;
         fsverity.push(time);
+        fsverity_cpu.push(cpu_time()? - after_openssl);
         ensure!(told.trim() == hex::encode(measured.digest), "fsverity says {told}");
     }
     let (ours, openssl, fsverity) = (median(ours), median(openssl), median(fsverity));
     numbers.known("4 GiB image, warm, all cores", ours, "s");
     numbers.at_least("times as fast as openssl dgst -sha256", openssl / ours, "x", 3.0);
     numbers.at_least("times as fast as fsverity digest", fsverity / ours, "x", 4.0);
+    let (ours, cores) = (median(our_cpu), all_cores().threads.get() as f64);
+    numbers.known("CPU time of 4 GiB", ours, "s");
+    numbers.known("the first by CPU time and cores", cores * median(openssl_cpu) / ours, "x");
+    numbers.known("the second by CPU time and cores", cores * median(fsverity_cpu) / ours, "x");
     load(numbers, "image-speed")
 }
 
@@ -171,6 +183,14 @@ fn run(program: &str, args: &[&str], file: &Path) -> Result<String> {
     let output = Command::new(program).args(args).arg(file).output().with_context(|| program.to_owned())?;
     ensure!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// What this process and its children that have ended have had of the processors, in seconds (`/proc/self/stat`).
+fn cpu_time() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit(") ").next().context("/proc/self/stat")?.split(' ').skip(11).take(4);
+    let ticks: Vec<u64> = fields.map(str::parse).collect::<Result<_, _>>()?;
+    Ok(ticks.iter().sum::<u64>() as f64 / 100.0)
 }
 
 fn median(mut times: Vec<f64>) -> f64 {
