@@ -10,7 +10,7 @@ use onequote_evidence::{
     cbor,
     event::{
         Component, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind, Image, LogGap,
-        VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
+        RefuseCause, VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
     },
     id::{Blob, SessionId, VmId},
     record,
@@ -303,6 +303,9 @@ impl Fold<'_> {
     fn attach(&mut self, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>, by: &Place) {
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
         session.unseen_since = None;
+        // What kept it from being measured is over. What the measurement showed is not.
+        let passing = [RefuseCause::Unmeasurable, RefuseCause::Log, RefuseCause::Duplicate];
+        session.refused.take_if(|refused| passing.contains(&refused.cause));
         if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {
             let same = |a: &Image, b: &Image| (&a.slot, &a.path, a.read_only) == (&b.slot, &b.path, b.read_only);
             let exchanged = |image: &&Image| !first.images.iter().any(|before| same(before, image));

@@ -4,7 +4,7 @@ use onequote_evidence::{
     digest::FileDigestAlg,
     event::{
         CommandOutcome, ConfigChange, CrashCause, EventBody, MediumChange, MigrateIn, MigrateOut, MigrationStatus,
-        MonitorCommand, RefuseCause, SnapshotLoad, SnapshotSave, VmCrash, VmDelete, VmRefuse,
+        MonitorCommand, RefuseCause, SnapshotLoad, SnapshotSave, VmAttach, VmCrash, VmDelete, VmRefuse,
     },
     id::Sha256,
 };
@@ -202,4 +202,29 @@ fn changes_to_a_running_vm() {
     };
     world.log(12, Some(vm_ref(1, 1)), change);
     assert_eq!(vm_codes(&world.round(), "web"), [Code::ImageUnlisted, Code::ConfigChange]);
+}
+
+#[test]
+fn a_fault_that_has_passed_is_over_when_the_vm_was_measured() {
+    for (cause, stays) in [
+        (RefuseCause::Unmeasurable, false),
+        (RefuseCause::Log, false),
+        (RefuseCause::Duplicate, false),
+        (RefuseCause::Continued, true),
+        (RefuseCause::Reference, true),
+        (RefuseCause::LoadedDiffers, true),
+        (RefuseCause::Impostor, true),
+        (RefuseCause::Changed, true),
+    ] {
+        let mut world = web();
+        stop(&mut world, 1, 5);
+        world.create("web", 1, 2);
+        world.log(12, Some(vm_ref(1, 2)), VmRefuse { reason: "why".into(), item: String::new(), cause });
+        let images = vec![image("disk0", 5, false), image("disk0/1", 6, true)];
+        world.log(12, Some(vm_ref(1, 2)), VmAttach { components: components(), images, again: false });
+        world.entries(1, 2, &[ima_entry("/bin/init", 1)]);
+        let codes = vm_codes(&world.round(), "web");
+        assert_eq!(codes.len(), 1 + usize::from(stays), "{cause}: {codes:?}");
+        assert!(codes.contains(&Code::AttachedWhileRunning), "{cause}: {codes:?}");
+    }
 }
