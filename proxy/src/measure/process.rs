@@ -6,14 +6,20 @@ use std::{
     io,
     os::{
         fd::OwnedFd,
-        unix::{ffi::OsStringExt, fs::MetadataExt},
+        unix::{
+            ffi::OsStringExt,
+            fs::{MetadataExt, OpenOptionsExt},
+        },
     },
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use onequote_evidence::id::{BootId, SessionId};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::{
+    fs::OFlags,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// The longest argument vector in bytes (the kernel's own limit is a quarter of the stack, 2 MiB by default).
@@ -180,7 +186,9 @@ impl Process {
     /// # Errors
     /// When it cannot be read or is something else by now.
     pub fn open_held(&self, held: Held) -> io::Result<File> {
-        let file = File::open(self.path("fd").join(held.fd.to_string()))?;
+        // It may have become a FIFO since, whose opening would wait for somebody at the other end.
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+        let file = File::options().read(true).custom_flags(flags).open(self.path("fd").join(held.fd.to_string()))?;
         let m = file.metadata()?;
         if (m.dev(), m.ino()) == held.id {
             Ok(file)
@@ -231,4 +239,26 @@ pub(crate) fn arguments(pid: u32) -> io::Result<Vec<OsString>> {
 fn is_file_or_block(m: &fs::Metadata) -> bool {
     use std::os::unix::fs::FileTypeExt as _;
     m.is_file() || m.file_type().is_block_device()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use std::{os::fd::AsRawFd, process::Command};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_descriptor_that_became_a_fifo_is_an_error_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap();
+        // Nobody writes: opening it to read would wait for ever.
+        let fifo = File::options().read(true).custom_flags(flags).open(&path).unwrap();
+        let own = Process::open(std::process::id()).unwrap();
+        let held = Held { fd: u32::try_from(fifo.as_raw_fd()).unwrap(), id: (0, 0) };
+        let e = own.open_held(held).unwrap_err();
+        assert!(e.to_string().contains("another file by now"), "{e}");
+    }
 }
