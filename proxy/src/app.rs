@@ -9,7 +9,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, RwLock},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use onequote_evidence::{
@@ -136,6 +136,8 @@ pub async fn run(config: Config) -> Result<(), AppError> {
 
     let digester = measure::Digester::new(config.measure.limits());
     let mut watched = vm::Config::new(config.host_id.clone(), boot_id, config.vms_dir());
+    watched.recheck = Duration::from_millis(config.vms.look_ms);
+    watched.looks_per_second = config.vms.looks_per_second;
     watched.extra = config.monitors.iter().map(|m| (m.name.clone(), m.socket.clone())).collect();
     watched.digester = digester.clone();
     let manager = Manager::start(

@@ -53,6 +53,9 @@ pub struct Config {
     /// Measuring.
     #[serde(default)]
     pub measure: Measure,
+    /// VMs.
+    #[serde(default)]
+    pub vms: Vms,
     /// Guests.
     #[serde(default)]
     pub guest: Guest,
@@ -113,6 +116,22 @@ impl Measure {
     pub fn limits(&self) -> MeasureLimits {
         let usual = MeasureLimits::default();
         MeasureLimits { parallel: self.parallel.unwrap_or(usual.parallel), idle_io: self.idle_io }
+    }
+}
+
+/// VMs.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vms {
+    /// Milliseconds between two looks at a VM in which nothing happens.
+    pub look_ms: u64,
+    /// How many such looks there are in a second at most, over all VMs.
+    pub looks_per_second: u32,
+}
+
+impl Default for Vms {
+    fn default() -> Self {
+        Self { look_ms: 10_000, looks_per_second: 20 }
     }
 }
 
@@ -219,6 +238,12 @@ impl Config {
             }
         }
         self.check_monitors(path)?;
+        if !(50..=3_600_000).contains(&self.vms.look_ms) {
+            return bad("vms.look_ms", format!("{} is not one of 50 to 3600000", self.vms.look_ms));
+        }
+        if !(1..=10_000).contains(&self.vms.looks_per_second) {
+            return bad("vms.looks_per_second", format!("{} is not one of 1 to 10000", self.vms.looks_per_second));
+        }
         // A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
         if self.vms_dir().as_os_str().len() > 80 {
             return bad("run_dir", "is too long: sockets of VMs in it would not fit 107 bytes".to_owned());
@@ -349,6 +374,14 @@ mod tests {
         ] {
             let err = read(&format!("{LEAST}{both}{more}")).unwrap_err().to_string();
             assert!(words.iter().all(|word| err.contains(word)), "{words:?}: {err}");
+        }
+    }
+
+    #[test]
+    fn a_timer_has_bounds() {
+        for line in ["look_ms = 0", "look_ms = 9999999999", "looks_per_second = 0", "looks_per_second = 99999"] {
+            let err = read(&format!("{LEAST}[vms]\n{line}\n")).unwrap_err().to_string();
+            assert!(err.contains(line.split(' ').next().unwrap()), "{err}");
         }
     }
 

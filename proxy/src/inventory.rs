@@ -11,6 +11,8 @@ use onequote_evidence::{
     id::{BootId, Sha256, TimeMs},
 };
 
+use crate::measure::drive_of;
+
 /// All VMs whose QEMU process has not ended, by the log.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
@@ -106,8 +108,15 @@ impl Inventory {
                 vm.measured = true;
                 vm.may_reboot = true;
             }
+            // Images that went, as they were left.
+            EventBody::ConfigChange(body) if body.after.is_empty() => {
+                vm.images.retain(|old| body.images.iter().all(|gone| gone.slot != old.slot));
+            }
             EventBody::ConfigChange(body) => vm.exchange(&body.images),
-            EventBody::MediumChange(body) => vm.exchange(&body.images),
+            EventBody::MediumChange(body) => {
+                vm.images.retain(|old| drive_of(&old.slot) != body.slot);
+                vm.exchange(&body.images);
+            }
             EventBody::SnapshotSave(body) => vm.exchange(&body.images),
             EventBody::SnapshotLoad(body) => {
                 vm.exchange(&body.images);

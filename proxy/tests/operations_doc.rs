@@ -60,7 +60,8 @@ fn configurations_are_read() {
 #[test]
 fn every_key_of_the_configuration_is_there() {
     let text = blocks(DOC, "toml proxy").remove(0);
-    for section in ["[tpm]", "[[verifiers]]", "[[monitor]]", "[enforce]", "[measure]", "[guest]", "[host]", ""] {
+    for section in ["[tpm]", "[[verifiers]]", "[[monitor]]", "[enforce]", "[measure]", "[vms]", "[guest]", "[host]", ""]
+    {
         let lines = text.lines().map(|line| match line.starts_with(section) && !section.is_empty() {
             true => format!("{line}\nnonsense = 1\n"),
             false => format!("{line}\n"),
@@ -81,6 +82,8 @@ fn values_of_keys_that_are_left_out() {
     let least = config("host_id = \"host-7\"\n[tpm]\ntcti = \"device:/dev/tpmrm0\"\n");
     assert_eq!((&told.host_id, &told.state_dir, &told.run_dir), (&least.host_id, &least.state_dir, &least.run_dir));
     assert_eq!((told.listen, told.pcr_vm, told.pcr_guest), (least.listen, least.pcr_vm, least.pcr_guest));
+    assert_eq!(told.vms.look_ms, least.vms.look_ms);
+    assert_eq!(told.vms.looks_per_second, least.vms.looks_per_second);
     let Guest { port, vsock, unix, collect_ms, max_entries, max_bytes } = least.guest;
     let guest = told.guest;
     assert_eq!((guest.port, guest.vsock, guest.unix, guest.collect_ms), (port, vsock, unix, collect_ms));

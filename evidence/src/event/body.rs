@@ -399,13 +399,13 @@ bodies! {
 
     /// Something about a VM is not as it was measured.
     pub struct ConfigChange {
-        /// What: `image`, `device`, …
+        /// What: `image`, `device`, …; all words are in `docs/operations.md`.
         #[n(0)] pub what: String,
         /// As it was, for people; empty when it is new.
         #[n(1)] pub before: String,
         /// As it is, for people; empty when it is gone.
         #[n(2)] pub after: String,
-        /// Images that are new or other than they were.
+        /// Images that are new or other than they were; with an empty `after` those that went, as they were left.
         #[n(3)] pub images: Vec<Image>,
     }
 

@@ -19,6 +19,10 @@ const MAX_DEPTH: usize = 256;
 /// The most leaves over all roots: a graph in which many nodes share children must not blow up.
 const MAX_LEAVES: usize = 4096;
 
+/// Drivers that QEMU puts above a chain while a job works on it, and takes away again. What they stand on is their
+/// `backing` child (QEMU `block/mirror.c`, `block/commit.c`).
+const JOB_FILTERS: [&str; 2] = ["mirror_top", "commit_top"];
+
 /// The block graph as QEMU tells it.
 #[derive(Debug, Clone)]
 pub struct BlockGraph {
@@ -52,8 +56,9 @@ impl BlockGraph {
     pub async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
         // The only command of QEMU 7.2 that tells who is whose child. `qapi`'s types for both commands hold much that
         // changes from one version of QEMU to the next and is not needed here.
-        let graph = qmp.call("x-debug-query-block-graph", json!({})).await?;
-        let named: Vec<Node> = qmp.call("query-named-block-nodes", json!({"flat": true})).await?;
+        let graph = qmp.call("x-debug-query-block-graph", json!({}));
+        let named = qmp.call::<Vec<Node>>("query-named-block-nodes", json!({"flat": true}));
+        let (graph, named) = tokio::try_join!(graph, named)?;
         Ok(Self { graph, named: named.into_iter().map(|n| (n.name.clone(), n)).collect() })
     }
 
@@ -62,7 +67,20 @@ impl BlockGraph {
     /// # Errors
     /// When the graph is not understood, or goes over the limits.
     pub fn leaves(&self) -> Result<Vec<Leaf>, MeasureError> {
-        let mut walk = Walk { graph: self, children: BTreeMap::new(), leaves: BTreeMap::new() };
+        Ok(self.walk()?.leaves.into_values().collect())
+    }
+
+    /// What the topmost node in each slot says of its content.
+    ///
+    /// # Errors
+    /// As [`Self::leaves`].
+    pub fn contents(&self) -> Result<BTreeMap<String, Content>, MeasureError> {
+        Ok(self.walk()?.contents)
+    }
+
+    fn walk(&self) -> Result<Walk<'_>, MeasureError> {
+        let mut walk =
+            Walk { graph: self, children: BTreeMap::new(), leaves: BTreeMap::new(), contents: BTreeMap::new() };
         let mut owned = BTreeSet::new();
         let drivers: BTreeMap<u64, &str> =
             self.graph.nodes.iter().filter(|n| n.kind == "block-driver").map(|n| (n.id, n.name.as_str())).collect();
@@ -86,7 +104,7 @@ impl BlockGraph {
         for (slot, id) in roots.into_keys() {
             walk.visit(id, &slot, &slot, 0, &[], false, 0)?;
         }
-        Ok(walk.leaves.into_values().collect())
+        Ok(walk)
     }
 }
 
@@ -94,6 +112,7 @@ struct Walk<'a> {
     graph: &'a BlockGraph,
     children: BTreeMap<u64, Vec<(&'a str, u64)>>,
     leaves: BTreeMap<String, Leaf>,
+    contents: BTreeMap<String, Content>,
 }
 
 impl Walk<'_> {
@@ -117,6 +136,9 @@ impl Walk<'_> {
         let name = graph.graph.nodes.iter().find(|n| n.id == id).map(|n| n.name.as_str());
         let node = name.and_then(|n| graph.named.get(n)).ok_or_else(|| strange("the block graph changed meanwhile"))?;
         let read_only = read_only || node.read_only;
+        if let Some(content) = &node.image {
+            self.contents.entry(slot.to_owned()).or_insert_with(|| content.clone());
+        }
         let Some(children) = self.children.get(&id).cloned() else {
             let format = if formats.is_empty() { node.driver.clone() } else { formats.join("+") };
             let leaf = Leaf {
@@ -133,9 +155,13 @@ impl Walk<'_> {
             return Err(strange("a folder shown as a disk (vvfat) is no file"));
         }
         let mut formats = formats.to_vec();
-        formats.push(&node.driver);
+        let of_job = JOB_FILTERS.contains(&node.driver.as_str());
+        if !of_job {
+            formats.push(&node.driver);
+        }
         for (child, child_id) in children {
             match child {
+                "backing" if of_job => self.visit(child_id, base, slot, depth, &formats, read_only, level + 1)?,
                 "file" => self.visit(child_id, base, slot, depth, &formats, read_only, level + 1)?,
                 "backing" => {
                     let next = format!("{base}/{}", depth + 1);
@@ -170,7 +196,7 @@ impl Walk<'_> {
 
 /// The name of a backend's slot: the drive's id, else the device's id, else the root node's name if it was given, else
 /// the device's place.
-fn slot_name(backend: &str, root_node: &str) -> String {
+pub(crate) fn slot_name(backend: &str, root_node: &str) -> String {
     let device = backend.strip_suffix("/virtio-backend").unwrap_or(backend);
     let given = |name: &str| !name.is_empty() && !name.starts_with('#');
     if let Some(id) = device.strip_prefix("/machine/peripheral/") {
@@ -180,8 +206,15 @@ fn slot_name(backend: &str, root_node: &str) -> String {
     } else if given(root_node) {
         root_node.to_owned()
     } else {
-        device.rsplit('/').next().unwrap_or(device).to_owned()
+        // A job's target has no name at all.
+        let last = device.rsplit('/').next().unwrap_or(device);
+        if last.is_empty() { "unnamed" } else { last }.to_owned()
     }
+}
+
+/// The drive that a slot belongs to: the slot of its top.
+pub(crate) fn drive_of(slot: &str) -> &str {
+    slot.split(['/', '+']).next().unwrap_or(slot)
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -214,6 +247,36 @@ struct Node {
     file: String,
     #[serde(rename = "ro")]
     read_only: bool,
+    image: Option<Content>,
+}
+
+/// What a format says of an image's content, as the guest sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Content {
+    /// Its size in bytes.
+    #[serde(rename = "virtual-size", default)]
+    pub size: u64,
+    /// Snapshots inside the image.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot inside an image (QEMU `qapi/block-core.json`, `SnapshotInfo`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Snapshot {
+    /// QEMU's number for it.
+    pub id: String,
+    /// Its tag.
+    pub name: String,
+    /// Bytes of the VM's own state in it; 0 when it is of the disk alone.
+    #[serde(rename = "vm-state-size")]
+    pub vm_state: u64,
+    /// When it was made: a tag can be used again.
+    #[serde(rename = "date-sec")]
+    pub seconds: i64,
+    /// The same, nanoseconds.
+    #[serde(rename = "date-nsec")]
+    pub nanos: i64,
 }
 
 #[cfg(test)]
@@ -229,7 +292,10 @@ mod tests {
         let node = |&(id, kind, name): &(u64, &str, &str)| GraphNode { id, kind: kind.into(), name: name.into() };
         let edge = |&(parent, child, name): &(u64, u64, &str)| Edge { parent, child, name: name.into() };
         let named = named.iter().map(|&(name, driver, file, read_only)| {
-            (name.to_owned(), Node { name: name.into(), driver: driver.into(), file: file.into(), read_only })
+            (
+                name.to_owned(),
+                Node { name: name.into(), driver: driver.into(), file: file.into(), read_only, image: None },
+            )
         });
         BlockGraph {
             graph: Graph { nodes: nodes.iter().map(node).collect(), edges: edges.iter().map(edge).collect() },
@@ -267,6 +333,17 @@ mod tests {
     }
 
     #[test]
+    fn a_job_does_not_change_the_chain_that_it_works_on() {
+        const D: &str = "block-driver";
+        let g = graph(
+            &[(1, "block-backend", "disk0"), (2, D, "#m"), (3, D, "#q"), (4, D, "#f")],
+            &[(1, 2, "root"), (2, 3, "backing"), (3, 4, "file")],
+            &[("#m", "mirror_top", "top", false), ("#q", "qcow2", "top", false), ("#f", "file", "top", false)],
+        );
+        assert_eq!(slots(&g), [("disk0".to_owned(), "top".to_owned(), "qcow2".to_owned(), false)]);
+    }
+
+    #[test]
     fn a_cycle_is_an_error() {
         let g = graph(
             &[(1, "block-backend", "x"), (2, "block-driver", "a"), (3, "block-driver", "b")],
@@ -285,8 +362,17 @@ mod tests {
             ("/machine/peripheral-anon/device[0]/virtio-backend", "#block1", "device[0]"),
             ("/machine/system.flash0", "#block1", "system.flash0"),
             ("", "exported", "exported"),
+            ("", "#block1", "unnamed"),
         ] {
             assert_eq!(slot_name(backend, root), slot);
+        }
+    }
+
+    #[test]
+    fn drives_of_slots() {
+        for (slot, drive) in [("disk", "disk"), ("disk/12", "disk"), ("disk+data", "disk"), ("a.file/1+data", "a.file")]
+        {
+            assert_eq!(drive_of(slot), drive);
         }
     }
 }

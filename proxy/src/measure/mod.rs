@@ -35,7 +35,8 @@ mod roms;
 mod vm;
 
 pub use args::{Arguments, Given, Lookup, NamedFile};
-pub use blocks::{BlockGraph, Leaf};
+pub use blocks::{BlockGraph, Content, Leaf, Snapshot};
+pub(crate) use blocks::{drive_of, slot_name};
 pub use cli::{Algorithms, measure_files};
 pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Wanted};
 pub use error::{MeasureError, MeasureErrorKind};

@@ -212,14 +212,25 @@ pub(crate) fn uptime() -> io::Result<Duration> {
 
 /// Field 22 of `/proc/PID/stat`: clock ticks from the host's boot to the process' start.
 pub(crate) fn start_time(pid: u32) -> io::Result<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+    stat_field(&format!("/proc/{pid}/stat"), 22)
+}
+
+/// Fields 14 and 15 of a thread's `stat`: clock ticks that it has run.
+pub(crate) fn thread_ticks(pid: u32, thread: u32) -> io::Result<u64> {
+    let path = format!("/proc/{pid}/task/{thread}/stat");
+    Ok(stat_field(&path, 14)?.saturating_add(stat_field(&path, 15)?))
+}
+
+/// A number in a `stat` file, by the field's number from 3 on.
+fn stat_field(path: &str, field: usize) -> io::Result<u64> {
+    let stat = fs::read(path)?;
     // The second field, the program's name in parentheses, may itself hold anything.
     let after = stat.iter().rposition(|&b| b == b')').map(|at| &stat[at + 1..]);
     after
         .and_then(|rest| std::str::from_utf8(rest).ok())
-        .and_then(|rest| rest.split_ascii_whitespace().nth(19))
+        .and_then(|rest| rest.split_ascii_whitespace().nth(field.saturating_sub(3)))
         .and_then(|field| field.parse().ok())
-        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+        .ok_or_else(|| io::Error::other(format!("{path} is not understood")))
 }
 
 /// The arguments of a process.

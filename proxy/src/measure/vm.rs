@@ -94,12 +94,31 @@ impl VmMeter<'_> {
     /// # Errors
     /// The first item that could not be measured.
     pub async fn measure(&self) -> Result<Measurement, MeasureError> {
+        let components = self.components().await?;
+        self.with_images(components).await
+    }
+
+    /// Measures all of a VM whose state came from elsewhere: what its guest booted from, and what its memory holds, has
+    /// nothing to do with the files that its QEMU was given.
+    ///
+    /// # Errors
+    /// As [`Self::measure`].
+    pub async fn measure_arrived(&self) -> Result<Measurement, MeasureError> {
+        let components = VmMeter { hot: true, ..*self }.components().await?;
+        self.with_images(components).await
+    }
+
+    async fn components(&self) -> Result<Vec<Component>, MeasureError> {
         let given = self.given().await?;
         self.must_be_who_it_seems(&given).await?;
         let mut components = self.program_and_arguments(&given).await?;
         components.extend(self.loaded(&given).await?);
         let roms = self.option_roms(&given, &components).await?;
         components.extend(roms);
+        Ok(components)
+    }
+
+    async fn with_images(&self, components: Vec<Component>) -> Result<Measurement, MeasureError> {
         let leaves = self.leaves(&[]).await?;
         let (images, kept) = self.measure_leaves(&leaves).await?;
         Ok(Measurement { components, images, kept, leaves })
@@ -176,6 +195,14 @@ impl VmMeter<'_> {
     /// When QEMU does not answer, or its graph is not understood.
     pub async fn leaves(&self, before: &[Leaf]) -> Result<Vec<Leaf>, MeasureError> {
         let graph = BlockGraph::ask(self.qmp).await.map_err(|e| MeasureError::of("block graph", e))?;
+        self.leaves_of(&graph, before).await
+    }
+
+    /// The same for a graph that QEMU has told already.
+    ///
+    /// # Errors
+    /// As [`Self::leaves`].
+    pub async fn leaves_of(&self, graph: &BlockGraph, before: &[Leaf]) -> Result<Vec<Leaf>, MeasureError> {
         let mut leaves = graph.leaves()?;
         let held = self.process.held().map_err(|e| MeasureError::of("open files", e))?;
         let dir = self.working_dir()?;

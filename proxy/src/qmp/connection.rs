@@ -132,6 +132,12 @@ impl Qmp {
         self.peer_socket.as_ref().copied().map_err(String::as_str)
     }
 
+    /// How many commands were given so far.
+    #[cfg(test)]
+    pub(crate) fn commands(&self) -> u64 {
+        self.shared.next.load(Ordering::Relaxed) - 1
+    }
+
     /// QEMU's version as it greeted: `major.minor.micro`.
     #[must_use]
     pub fn version(&self) -> String {

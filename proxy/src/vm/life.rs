@@ -1,9 +1,17 @@
 //! What QEMU tells of a VM's life, as it comes to the log.
+//!
+//! Some of it a guest can cause as often as it likes: resets, panics that QEMU is told to pass over, suspends, trays. All of
+//! that has a bound for each session, beyond which it is counted and told in sum.
 
-use std::time::Instant;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
 
-use onequote_evidence::event::{GapReason, LogGap, StopCause, VmPause, VmReset, VmResume};
+use onequote_evidence::event::{CrashCause, GapReason, LogGap, StopCause, VmCrash, VmPause, VmReset, VmResume};
 use qapi::qmp::Event as Known;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::time::timeout;
 
 use super::{
@@ -11,19 +19,119 @@ use super::{
     registry::NoticeKind,
     session::{MAX_PENDING, STATE_TIMEOUT, Session},
 };
-use crate::qmp;
+use crate::{qmp, rate::Bucket};
 
 /// Events that say nothing about configuration, some of them as often as a guest likes.
 const CHATTER: [&str; 5] =
     ["RTC_CHANGE", "BALLOON_CHANGE", "NIC_RX_FILTER_CHANGED", "VSERPORT_CHANGE", "BLOCK_IO_ERROR"];
 
+/// Panics, suspends and the like of one guest that are logged as fast as they come.
+const TAME: u32 = 256;
+
+/// Looks after events that come as fast as events do. With more, the timer looks.
+const LOOKS: u32 = 64;
+
+/// How long it takes until one more of either is allowed.
+const REFILL: Duration = Duration::from_secs(5);
+
+/// Jobs of one QEMU that are told apart.
+const MAX_JOBS: usize = 64;
+
+/// What is known of a session between two events.
+pub(super) struct Life {
+    /// The run state as the log has it, once it has one.
+    pub(super) run_state: Option<String>,
+    /// A guest can panic, suspend and wake up as often as it likes: what of that is logged.
+    tame: Bucket,
+    untold: u64,
+    /// Looks after events.
+    pub(super) looks: Bucket,
+    /// Events that were taken from the monitor and are not treated yet.
+    ahead: VecDeque<qmp::Event>,
+    /// Types of jobs by id, as far as they are about snapshots, and whether they have ended.
+    jobs: BTreeMap<String, Job>,
+    /// The VM's state is waited for.
+    pub(super) incoming: Option<Incoming>,
+    /// The VM's state came, and it stands still because the proxy has not let it run.
+    pub(super) held: bool,
+    /// The VM's state goes elsewhere.
+    pub(super) out: Out,
+    /// The VM's state was saved, and the snapshot is still to be found.
+    pub(super) saved: bool,
+    /// The VM may have been put back to a snapshot, and that is not logged yet.
+    pub(super) loaded: bool,
+}
+
+/// A VM's state that is waited for.
+#[derive(Debug, Clone)]
+pub(super) struct Incoming {
+    /// Whether the proxy decides whether it runs then.
+    pub(super) gated: bool,
+    /// Where it comes from, as far as the command line tells.
+    pub(super) source: String,
+    /// Whether it is there, and that is logged.
+    pub(super) arrived: bool,
+}
+
+/// How far a migration to elsewhere is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Out {
+    No,
+    Setup,
+    Active,
+    Done,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Job {
+    Loads,
+    HasLoaded,
+    Other,
+}
+
+impl Life {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            run_state: None,
+            tame: Bucket::new(TAME, REFILL, now),
+            untold: 0,
+            looks: Bucket::new(LOOKS, REFILL, now),
+            ahead: VecDeque::new(),
+            jobs: BTreeMap::new(),
+            incoming: None,
+            held: false,
+            out: Out::No,
+            saved: false,
+            loaded: false,
+        }
+    }
+
+    /// Whether a snapshot is being loaded: its end is still to be told.
+    pub(super) fn loading(&self) -> bool {
+        self.jobs.values().any(|job| *job == Job::Loads)
+    }
+}
+
+/// The next event. Safe to cancel.
+pub(super) async fn next_event(life: &mut Life, events: &mut qmp::Events) -> Result<qmp::Event, qmp::QmpError> {
+    match life.ahead.pop_front() {
+        Some(event) => Ok(event),
+        None => events.next().await,
+    }
+}
+
 impl Session {
+    /// An event that has come already.
+    pub(super) fn waiting_event(&mut self) -> Option<qmp::Event> {
+        self.life.ahead.pop_front().or_else(|| self.events.waiting())
+    }
+
     /// Takes an event and those that came with it, and logs them together.
     pub(super) async fn take_events(&mut self, first: qmp::Event) {
         let mut next = Some(first);
         while let Some(event) = next {
             self.take_event(event).await;
-            next = if self.outbox.len() < MAX_PENDING { self.events.waiting() } else { None };
+            next = if self.outbox.len() < MAX_PENDING { self.waiting_event() } else { None };
         }
         self.flush().await;
     }
@@ -41,36 +149,193 @@ impl Session {
                 return self.log(LogGap { reason: GapReason::MonitorLost, detail });
             }
         };
+        self.recheck |= !is_chatter(&known);
         match known {
             Known::STOP { .. } => {
                 let state = timeout(STATE_TIMEOUT, run_state(&self.qmp)).await;
-                let run_state = state.ok().and_then(Result::ok).unwrap_or_else(|| "paused".to_owned());
-                self.set_run_state(&run_state);
-                self.log(VmPause { run_state });
+                let state = match state.ok().and_then(Result::ok) {
+                    Some(state) if state == "running" => self.past_state(),
+                    Some(state) => state,
+                    None => "paused".to_owned(),
+                };
+                self.paused(state).await;
             }
             Known::RESUME { .. } => {
                 self.cause = None;
-                self.set_run_state("running");
-                self.log(VmResume { run_state: "running".to_owned() });
+                self.arrived();
+                self.resumed();
+                self.arrive().await;
             }
+            Known::SUSPEND { .. } => self.asleep(true).await,
+            Known::WAKEUP { .. } => self.asleep(false).await,
             Known::RESET { data, .. } => {
                 self.env.registry.update(self.vm, |s| s.resets += 1);
                 self.env.registry.tell(self.vm, NoticeKind::Reset);
-                let reason = serde_json::to_value(data.reason).ok();
-                let reason = reason.and_then(|r| r.as_str().map(str::to_owned)).unwrap_or_default();
-                self.reset(VmReset { by_guest: data.guest, reason });
+                self.reset(VmReset { by_guest: data.guest, reason: word(&data.reason) });
             }
             Known::SHUTDOWN { data, .. } => {
                 self.cause = Some(if data.guest { StopCause::GuestShutdown } else { StopCause::HostShutdown });
                 self.set_run_state("shutdown");
             }
-            Known::RTC_CHANGE { .. }
-            | Known::BALLOON_CHANGE { .. }
-            | Known::NIC_RX_FILTER_CHANGED { .. }
-            | Known::VSERPORT_CHANGE { .. }
-            | Known::BLOCK_IO_ERROR { .. } => {}
-            _ => self.recheck = true,
+            Known::GUEST_PANICKED { data, .. } => {
+                let info = data.info.map(|info| format!(", {}", word(&info))).unwrap_or_default();
+                self.crash(CrashCause::GuestPanic, format!("{}{info}", word(&data.action)));
+            }
+            Known::GUEST_CRASHLOADED { data, .. } => {
+                self.crash(
+                    CrashCause::GuestPanic,
+                    format!("{}: the guest's crash kernel takes over", word(&data.action)),
+                );
+            }
+            Known::WATCHDOG { data, .. } => self.crash(CrashCause::Watchdog, word(&data.action)),
+            Known::MEMORY_FAILURE { data, .. } => {
+                let detail = format!("{} in the memory of the {}", word(&data.action), word(&data.recipient));
+                self.crash(CrashCause::MemoryFailure, detail);
+            }
+            Known::MIGRATION { data, .. } => self.migration(&word(&data.status)).await,
+            Known::JOB_STATUS_CHANGE { data, .. } => self.job(data.id, &word(&data.status)).await,
+            _ => {}
         }
+    }
+
+    /// The processors stand still.
+    async fn paused(&mut self, run_state: String) {
+        // States that QEMU takes only to put the VM back to a snapshot, and after its state went elsewhere.
+        self.life.loaded |= run_state == "restore-vm";
+        let gone = run_state == "postmigrate" && self.life.out != Out::Done;
+        let failed = run_state == "internal-error";
+        self.set_run_state(&run_state);
+        self.life.run_state = Some(run_state.clone());
+        self.log(VmPause { run_state });
+        if failed {
+            self.crash(CrashCause::InternalError, "pause".to_owned());
+        }
+        if gone {
+            self.migrated().await;
+        }
+    }
+
+    /// The guest suspended itself, or was woken up.
+    async fn asleep(&mut self, asleep: bool) {
+        let runs = self.life.run_state.as_deref() == Some("running");
+        if asleep == runs && self.tame("suspend") {
+            if asleep {
+                self.paused("suspended".to_owned()).await;
+            } else {
+                self.resumed();
+            }
+        }
+    }
+
+    fn resumed(&mut self) {
+        self.life.held = false;
+        if self.life.out == Out::Done {
+            self.life.out = Out::No;
+        }
+        self.set_run_state("running");
+        self.life.run_state = Some("running".to_owned());
+        self.log(VmResume { run_state: "running".to_owned() });
+    }
+
+    /// The run state of a pause that was over before QEMU could be asked. Whatever QEMU told until it ran again has come
+    /// before its answer. A VM that can be put back to a snapshot may have been: the human monitor's `loadvm` looks
+    /// like any other short pause.
+    fn past_state(&mut self) -> String {
+        let resumes = |event: &qmp::Event| matches!(event, qmp::Event::Known(e) if matches!(**e, Known::RESUME { .. }));
+        let saves =
+            |event: &qmp::Event| matches!(event, qmp::Event::Known(e) if matches!(**e, Known::MIGRATION { .. }));
+        while !self.life.ahead.iter().any(resumes)
+            && let Some(event) = self.events.waiting()
+        {
+            self.life.ahead.push_back(event);
+        }
+        let state = if self.life.ahead.iter().take_while(|e| !resumes(e)).any(saves) {
+            "save-vm"
+        } else if !self.facts.states_saved().is_empty() {
+            "restore-vm"
+        } else {
+            "paused"
+        };
+        state.to_owned()
+    }
+
+    /// Drops what QEMU told of migrations so far.
+    pub(super) fn forget_migration_events(&mut self) {
+        let mut kept = VecDeque::new();
+        while let Some(event) = self.waiting_event() {
+            if !matches!(&event, qmp::Event::Known(known) if matches!(**known, Known::MIGRATION { .. })) {
+                kept.push_back(event);
+            }
+        }
+        self.life.ahead = kept;
+    }
+
+    /// Tells the log when a look finds another run state than it has: events were missed or held back.
+    pub(super) async fn compare_run_state(&mut self, seen: &str) {
+        let Some(logged) = self.life.run_state.clone().filter(|logged| logged != seen) else { return };
+        let Ok(now) = run_state(&self.qmp).await else { return };
+        // What QEMU told before its answer has come before it. If there is something, it is newer than what was seen.
+        if let Some(event) = self.waiting_event() {
+            self.life.ahead.push_front(event);
+            self.recheck = true;
+        } else if now == "running" && logged != now {
+            self.resumed();
+        } else if logged != now {
+            self.paused(now).await;
+        }
+    }
+
+    /// Logs that the guest did not end by itself.
+    fn crash(&mut self, cause: CrashCause, detail: String) {
+        if self.tame(cause.word()) {
+            let detail = match std::mem::take(&mut self.life.untold) {
+                0 => detail,
+                n => format!("{detail}, and {n} events of this guest before that were not logged one by one"),
+            };
+            self.log(VmCrash { cause, detail: super::change::bounded(detail) });
+        }
+    }
+
+    /// Whether one more of what a guest can cause at will is logged.
+    fn tame(&mut self, what: &str) -> bool {
+        let passes = self.life.tame.take(Instant::now());
+        if !passes {
+            self.life.untold += 1;
+            tracing::debug!(vm = %self.name, "not logged, there were too many: {what}");
+        }
+        passes
+    }
+
+    /// Follows jobs that load snapshots.
+    async fn job(&mut self, id: String, status: &str) {
+        if status == "null" {
+            self.life.jobs.remove(&id);
+            return;
+        }
+        if status == "created" || !self.life.jobs.contains_key(&id) {
+            let loads = self.loading_jobs().await.is_some_and(|ids| ids.contains(&id));
+            if self.life.jobs.len() < MAX_JOBS || self.life.jobs.contains_key(&id) {
+                self.life.jobs.insert(id.clone(), if loads { Job::Loads } else { Job::Other });
+            }
+        }
+        if let Some(job) = self.life.jobs.get_mut(&id)
+            && *job == Job::Loads
+            && matches!(status, "concluded" | "aborting")
+        {
+            *job = Job::HasLoaded;
+            self.life.loaded = true;
+        }
+    }
+
+    async fn loading_jobs(&self) -> Option<Vec<String>> {
+        #[derive(Deserialize)]
+        struct JobInfo {
+            id: String,
+            #[serde(rename = "type")]
+            kind: String,
+        }
+        let jobs = timeout(STATE_TIMEOUT, self.qmp.call::<Vec<JobInfo>>("query-jobs", json!({}))).await.ok()?.ok()?;
+        Some(jobs.into_iter().filter(|job| job.kind == "snapshot-load").map(|job| job.id).collect())
     }
 
     /// Logs a reset, or counts it when there were too many: it is then logged with the next one that is, at the latest
@@ -89,4 +354,26 @@ impl Session {
             self.unlogged_resets += u64::from(self.last_reset.replace(reset).is_some());
         }
     }
+}
+
+/// QEMU's own word for a value.
+fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        Ok(other) => other.to_string(),
+        Err(_) => String::new(),
+    }
+}
+
+fn is_chatter(event: &Known) -> bool {
+    matches!(
+        event,
+        Known::RTC_CHANGE { .. }
+            | Known::BALLOON_CHANGE { .. }
+            | Known::NIC_RX_FILTER_CHANGED { .. }
+            | Known::VSERPORT_CHANGE { .. }
+            | Known::BLOCK_IO_ERROR { .. }
+            | Known::MIGRATION_PASS { .. }
+            | Known::POWERDOWN { .. }
+    )
 }

@@ -23,6 +23,7 @@ use super::{
     Clock, LiveVm, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess, is_valid_name,
     open_sessions,
     outbox::Outbox,
+    pace::Pace,
     session::Session,
     unmanaged,
     watch::{Socket, SocketId, Watch, socket_id},
@@ -52,8 +53,10 @@ pub struct Config {
     pub accept: Duration,
     /// How long a process may live on after its monitor ended before the monitor counts as lost.
     pub exit_grace: Duration,
-    /// How often a VM's configuration is compared with what was measured.
+    /// How often a VM's configuration is compared with what was measured, when nothing happens.
     pub recheck: Duration,
+    /// How many VMs are looked at in a second for that at most; with more VMs each is looked at less often.
+    pub looks_per_second: u32,
     /// How long to wait before something that failed is tried again.
     pub retry: Duration,
     /// What computes digests.
@@ -75,6 +78,7 @@ impl Config {
             accept: Duration::from_secs(10),
             exit_grace: Duration::from_secs(5),
             recheck: Duration::from_secs(10),
+            looks_per_second: 20,
             retry: Duration::from_secs(1),
             digester: Digester::default(),
             scan: Some(Scan::default()),
@@ -91,6 +95,7 @@ pub(super) struct Env {
     pub(super) references: Option<References>,
     pub(super) registry: Registry,
     pub(super) digester: Digester,
+    pub(super) pace: Pace,
     known: Mutex<BTreeMap<SessionId, OpenSession>>,
 }
 
@@ -127,6 +132,7 @@ impl Manager {
         let open = open_sessions(&inventory.read().unwrap_or_else(PoisonError::into_inner));
         let known = open.into_iter().map(|s| (s.vm.session, s)).collect();
         let digester = config.digester.clone();
+        let pace = Pace::new(config.recheck, config.looks_per_second);
         let env = Env {
             config,
             sink,
@@ -135,6 +141,7 @@ impl Manager {
             references,
             registry: registry.clone(),
             digester,
+            pace,
             known: Mutex::new(known),
         };
         let (scans, wanted) = mpsc::channel(16);

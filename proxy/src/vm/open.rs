@@ -13,6 +13,8 @@ pub struct OpenSession {
     pub name: String,
     /// QEMU's process id.
     pub pid: u32,
+    /// QEMU's run state as last logged.
+    pub run_state: String,
     /// Its images as last logged, in ascending order of slots.
     pub images: Vec<Image>,
 }
@@ -24,6 +26,7 @@ pub fn open_sessions(inventory: &Inventory) -> Vec<OpenSession> {
         vm: *vm,
         name: logged.name.clone(),
         pid: logged.pid,
+        run_state: logged.run_state.clone(),
         images: logged.images.clone(),
     };
     inventory.vms().map(session).collect()

@@ -12,13 +12,15 @@ use onequote_evidence::{
 };
 use tokio::{
     sync::mpsc,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, interval, sleep_until, timeout},
 };
 
 use super::{
     control::Retry,
     facts::Facts,
+    life::{Life, next_event},
     manager::Env,
+    migrate::tell_of_migrations,
     outbox::Outbox,
     registry::{LiveVm, Met, NoticeKind, Stage},
     start::Occasion,
@@ -60,6 +62,8 @@ pub(super) struct Session {
     pub(super) created: bool,
     pub(super) leaves: Vec<Leaf>,
     pub(super) kept: Vec<Kept>,
+    /// Every image as it was last measured.
+    pub(super) images: Vec<Image>,
     pub(super) outbox: Outbox,
     /// What is wrong with the VM, and with logging it.
     pub(super) error: Option<String>,
@@ -67,7 +71,11 @@ pub(super) struct Session {
     pub(super) cause: Option<StopCause>,
     /// Images that the log has from before a restart of the proxy, in case they cannot be measured any more.
     expected: Vec<Image>,
+    /// Something happened after which to look.
     pub(super) recheck: bool,
+    /// When to look although nothing happened.
+    pub(super) look_at: Instant,
+    pub(super) life: Life,
     /// A guest can reset itself as often as it likes: what of that is logged.
     pub(super) resets: Bucket,
     pub(super) last_reset: Option<VmReset>,
@@ -92,11 +100,14 @@ impl Session {
         let pid = qmp.peer_pid().ok_or_else(|| MeasureError::of("process", gone()))?;
         let process = Process::open(pid).map_err(|e| MeasureError::of("process", e))?;
         let met = env.registry.meet(pid);
+        tell_of_migrations(&qmp).await;
         let facts = Facts::ask(&qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
         let (asks, retries) = mpsc::channel(1);
         let outbox = Outbox::new(vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
+        let now = Instant::now();
+        let look_at = env.pace.next(now);
         Ok(Self {
             env,
             name,
@@ -112,13 +123,16 @@ impl Session {
             created: false,
             leaves: Vec::new(),
             kept: Vec::new(),
+            images: Vec::new(),
             outbox,
             error: None,
             log_error: None,
             cause: None,
             expected: Vec::new(),
             recheck: false,
-            resets: Bucket::new(RESETS, RESETS_REFILL, Instant::now()),
+            look_at,
+            life: Life::new(now),
+            resets: Bucket::new(RESETS, RESETS_REFILL, now),
             last_reset: None,
             unlogged_resets: 0,
             _met: met,
@@ -134,6 +148,7 @@ impl Session {
         self.offer_control();
         self.created = known.is_some();
         let occasion = if known.is_some() { Occasion::ProxyDown } else { Occasion::First };
+        self.life.run_state = known.as_ref().map(|k| k.run_state.clone());
         self.expected = known.map(|k| k.images).unwrap_or_default();
         self.assess(occasion).await;
         let mut tick = interval(self.env.config.recheck);
@@ -142,7 +157,7 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                event = self.events.next(), if self.outbox.len() < MAX_PENDING => match event {
+                event = next_event(&mut self.life, &mut self.events), if self.outbox.len() < MAX_PENDING => match event {
                     Ok(event) => self.take_events(event).await,
                     Err(why) => if !self.find_again(&why).await {
                         break;
@@ -160,13 +175,10 @@ impl Session {
                         self.reset(reset);
                     }
                     self.flush().await;
-                    self.recheck = true;
                 }
+                () = sleep_until(self.look_at.into()) => {}
             }
-            if self.recheck {
-                self.recheck = false;
-                self.compare().await;
-            }
+            self.look().await;
         }
         self.finish().await;
     }
@@ -195,6 +207,7 @@ impl Session {
             if qmp.peer_pid() != Some(self.process.pid()) {
                 continue;
             }
+            tell_of_migrations(&qmp).await;
             let Ok(facts) = Facts::ask(&qmp).await else { continue };
             (self.qmp, self.events, self.facts) = (qmp, events, facts);
             self.error = None;
@@ -210,13 +223,7 @@ impl Session {
         self.stage(Stage::Ending);
         self.env.registry.tell(self.vm, NoticeKind::Stopped);
         if self.created {
-            let (mut images, mut unmeasured) = (Vec::new(), Vec::new());
-            for kept in &self.kept {
-                match kept.measure_again(&self.env.digester).await {
-                    Ok(image) => images.push(image),
-                    Err(e) => unmeasured.push(e.to_string()),
-                }
-            }
+            let (images, mut unmeasured) = self.measure_kept().await;
             let missed = self.expected.iter().filter(|i| !i.read_only && self.leaves.is_empty());
             unmeasured.extend(missed.map(|i| format!("{} ({}): QEMU ended before it was opened", i.slot, i.path)));
             let cause = self.cause.unwrap_or(StopCause::Lost);
@@ -229,6 +236,18 @@ impl Session {
             tracing::info!(vm = %self.name, %cause, "ended");
         }
         self.env.registry.leave(self.vm);
+    }
+
+    /// Every image that QEMU can write as it is now, and what cannot be measured.
+    pub(super) async fn measure_kept(&self) -> (Vec<Image>, Vec<String>) {
+        let (mut images, mut unmeasured) = (Vec::new(), Vec::new());
+        for kept in &self.kept {
+            match kept.measure_again(&self.env.digester).await {
+                Ok(image) => images.push(image),
+                Err(e) => unmeasured.push(e.to_string()),
+            }
+        }
+        (images, unmeasured)
     }
 
     /// Logs what waits. Whether nothing waits any more.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use onequote_evidence::{
-    event::{Depth, EventBody, GapReason, LogGap, RefuseCause, VmAttach, VmCreate, VmRefuse, VmStart},
+    event::{Depth, EventBody, GapReason, LogGap, RefuseCause, SnapshotLoad, VmAttach, VmCreate, VmRefuse, VmStart},
     id::SessionId,
 };
 
@@ -45,7 +45,9 @@ impl Session {
         let own = self.introduce().await;
         let waits = self.facts.run_state == "prelaunch";
         let gate = waits && !own.has_run;
-        self.depth = if gate { Depth::Gate } else { Depth::Observe };
+        let incoming = self.comes_from_elsewhere(occasion).await;
+        let gated = gate || incoming == Some(true);
+        self.depth = if gated { Depth::Gate } else { Depth::Observe };
         self.measured = false;
         if let Err(other) = self.enter().await {
             self.head(occasion);
@@ -58,6 +60,9 @@ impl Session {
                 other.pid
             );
             return self.refuse(RefuseCause::Duplicate, reason, String::new()).await;
+        }
+        if incoming.is_some() {
+            return self.await_state(gated, occasion).await;
         }
         if !gate {
             // It runs: until it is measured, the log says at least that it is there.
@@ -83,7 +88,9 @@ impl Session {
         }
         match measured {
             Ok(measurement) if gate => self.let_run(measurement).await,
-            Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
+            Ok(measurement) => {
+                self.attach(measurement, occasion != Occasion::First).await;
+            }
             Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
         }
     }
@@ -110,7 +117,7 @@ impl Session {
     }
 
     /// What is logged before the outcome.
-    fn head(&mut self, occasion: Occasion) {
+    pub(super) fn head(&mut self, occasion: Occasion) {
         match occasion {
             Occasion::First => self.log(VmCreate {
                 name: self.name.clone(),
@@ -135,7 +142,7 @@ impl Session {
         self.created = true;
     }
 
-    async fn measure(&self, hot: bool) -> Result<Measurement, MeasureError> {
+    pub(super) async fn measure(&self, hot: bool) -> Result<Measurement, MeasureError> {
         VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot }.measure().await
     }
 
@@ -146,13 +153,23 @@ impl Session {
             return self.refuse(RefuseCause::Reference, mismatch.to_string(), mismatch.item).await;
         }
         self.keep(&measurement);
+        let tag = self.argument_after("-loadvm");
+        let writable = measurement.images.iter().filter(|image| !image.read_only).cloned().collect();
         self.log(VmStart { components: measurement.components, images: measurement.images });
+        if !tag.is_empty() {
+            self.log(SnapshotLoad { tag, images: writable });
+        }
         if !self.flush().await {
             // What is not in the log has not happened: neither later may it say that the VM started.
             self.outbox.withdraw_start();
             let reason = self.log_error.clone().unwrap_or_default();
             return self.refuse(RefuseCause::Log, reason, String::new()).await;
         }
+        self.release().await;
+    }
+
+    /// Lets a VM run that is measured and logged, if it is still what it was then.
+    pub(super) async fn release(&mut self) {
         // Another monitor may have changed it since it was measured.
         let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: false };
         match meter.leaves(&[]).await {
@@ -165,10 +182,13 @@ impl Session {
         }
         if self.facts.run_state == "prelaunch" && !self.waits_still().await {
             self.tell_continued("it was let run after it had been measured, but not by the proxy");
-            return match self.measure(true).await {
-                Ok(measurement) => self.attach(measurement, false).await,
+            match self.measure(true).await {
+                Ok(measurement) => {
+                    self.attach(measurement, false).await;
+                }
                 Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
-            };
+            }
+            return;
         }
         self.measured = true;
         self.stage(Stage::Watched);
@@ -181,13 +201,18 @@ impl Session {
         }
     }
 
-    async fn attach(&mut self, measurement: Measurement, again: bool) {
+    /// Logs a VM that was not measured before it ran. Whether it fits the local references.
+    pub(super) async fn attach(&mut self, measurement: Measurement, again: bool) -> bool {
         let env = std::sync::Arc::clone(&self.env);
         let mismatch = env.references.as_ref().and_then(|r| r.check(&self.name, &measurement).err());
         self.keep(&measurement);
         self.measured = true;
+        // As the log has it, which takes a VM that is attached for running. The next look sees what it really does.
+        let logged = if self.depth == Depth::Observe { "running" } else { "prelaunch" };
+        self.life.run_state.get_or_insert_with(|| logged.to_owned());
         self.log(VmAttach { components: measurement.components, images: measurement.images, again });
         self.stage(Stage::Watched);
+        let fits = mismatch.is_none();
         match mismatch {
             Some(mismatch) => {
                 let reason = format!("it was running already, but should not: {mismatch}");
@@ -199,6 +224,7 @@ impl Session {
             }
         }
         self.env.registry.tell(self.vm, NoticeKind::Started);
+        fits
     }
 
     /// What can be known of the process without measuring it.
@@ -218,7 +244,9 @@ impl Session {
             self.facts.accelerator = accelerator;
         }
         self.monitors = monitors.unwrap_or_else(|e| vec![format!("unknown: {e}")]);
-        Introduced { should_wait: given.names.contains("S"), has_run: matches!(has_run, Ok(Some(true))) }
+        let has_run =
+            matches!(has_run, Ok(Some(true))) && !(given.names.contains("loadvm") && self.processors_rested().await);
+        Introduced { should_wait: given.names.contains("S"), has_run }
     }
 
     /// Whether the log that is written now was written when the process started: then nobody else than the proxy was to
@@ -250,13 +278,15 @@ impl Session {
         self.tell_continued("it was let run while it was measured");
         self.flush().await;
         match self.measure(true).await {
-            Ok(measurement) => self.attach(measurement, occasion != Occasion::First).await,
+            Ok(measurement) => {
+                self.attach(measurement, occasion != Occasion::First).await;
+            }
             Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
         }
     }
 
     /// Logs that the VM is not let run, and leaves it as it is.
-    async fn refuse(&mut self, cause: RefuseCause, reason: String, item: String) {
+    pub(super) async fn refuse(&mut self, cause: RefuseCause, reason: String, item: String) {
         self.fail(format!("{} is not let run: {reason}", self.name));
         self.stage(Stage::Refused);
         self.log(VmRefuse { reason, item, cause });
@@ -266,6 +296,7 @@ impl Session {
     fn keep(&mut self, measurement: &Measurement) {
         self.kept.clone_from(&measurement.kept);
         self.leaves.clone_from(&measurement.leaves);
+        self.images.clone_from(&measurement.images);
     }
 
     /// Adds an event to those that wait to be logged.

@@ -37,7 +37,7 @@ pub mod wait;
 mod world;
 
 pub use assets::Assets;
-pub use bare::Bare;
+pub use bare::{Act, Bare};
 pub use console::{Answer, Console};
 pub use logview::LogView;
 pub use machine::Machine;

@@ -154,8 +154,9 @@ async fn hot_plug_and_snapshots_are_found() {
     monitor.call::<Value>("blockdev-snapshot-sync", snapshot).await.unwrap();
     let change = world.log.wait(changed("root")).await;
     assert!(change.images[0].path.ends_with("/snap.qcow2"), "{change:?}");
-    let base = world.log.wait(changed("root/1")).await;
-    assert!(base.images[0].path.ends_with("/disk.raw") && base.images[0].read_only, "{base:?}");
+    let base = &change.images[1];
+    assert!(base.slot == "root/1" && base.path.ends_with("/disk.raw") && base.read_only, "{base:?}");
+    assert_eq!(change.what, "chain");
     monitor.execute(qapi::qmp::quit {}).await.unwrap();
     let stop = world.log.wait(stopped).await;
     assert_eq!(stop.images.iter().map(|i| i.slot.as_str()).collect::<Vec<_>>(), ["root"]);

@@ -6,6 +6,7 @@ mod control;
 mod gate;
 mod life;
 mod loaded;
+mod look;
 mod more;
 mod who;
 mod world;

@@ -1,0 +1,71 @@
+//! What a look at a VM costs.
+
+use std::time::Instant;
+
+use super::world::*;
+use crate::vm::facts::Facts;
+
+/// Commands of one look, all given at once. Their number is in `docs/architecture.md`.
+const COMMANDS: u64 = 16;
+
+fn qemu(world: &World) -> tokio::process::Child {
+    world.file("disk.raw", vec![1; 1 << 20]);
+    let disks =
+        ["-drive", "file=disk.raw,format=raw,if=virtio,id=root", "-device", "ide-cd,id=cd", "-netdev", "user,id=n"];
+    world.qemu_elsewhere("b.qmp", &[&["-M", "q35"][..], &disks].concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_is_sixteen_commands() {
+    let world = World::new();
+    let _qemu = qemu(&world);
+    let monitor = world.monitor("b.qmp").await;
+    let facts = Facts::ask(&monitor).await.unwrap();
+    let given = monitor.commands();
+    let (again, _) = facts.again(&monitor).await.unwrap();
+    assert_eq!(monitor.commands() - given, COMMANDS);
+    assert_eq!(again, facts);
+    assert_eq!(again.netdevs, ["n:user"]);
+    assert_eq!(again.drives.values().map(|d| d.slot.as_str()).collect::<Vec<_>>(), ["cd"]);
+    // A file behind memory is asked for once.
+    let path = world.path("memory");
+    let object = serde_json::json!({"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20, "mem-path": path});
+    monitor.call::<serde_json::Value>("object-add", object).await.unwrap();
+    let (with_object, _) = again.again(&monitor).await.unwrap();
+    assert!(with_object.objects.contains(&format!("m:memory-backend-file {}", path.display())));
+    let given = monitor.commands();
+    assert_eq!(with_object.again(&monitor).await.unwrap().0, with_object);
+    assert_eq!(monitor.commands() - given, COMMANDS);
+}
+
+/// Hundredths of seconds that a process or thread has run: fields 14 and 15 of its `stat`.
+fn ticks(of: &str) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{of}/stat")).unwrap();
+    let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
+    fields.map(|field| field.parse::<u64>().unwrap()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement: cargo test --release -p onequote-proxy --lib -- --ignored --nocapture what_a_look_costs"]
+async fn what_a_look_costs() {
+    const LOOKS: u32 = 500;
+    let world = World::new();
+    let qemu = qemu(&world);
+    let monitor = world.monitor("b.qmp").await;
+    let facts = Facts::ask(&monitor).await.unwrap();
+    let pid = qemu.id().unwrap();
+    let own = std::process::id();
+    let ticks = || (ticks(&format!("{pid}/task/{pid}")), ticks(&own.to_string()));
+    let (before, start) = (ticks(), Instant::now());
+    for _ in 0..LOOKS {
+        facts.again(&monitor).await.unwrap();
+    }
+    let (took, after) = (start.elapsed(), ticks());
+    let each = |ticks: u64| f64::from(u32::try_from(ticks).unwrap()) * 10_000.0 / f64::from(LOOKS);
+    eprintln!(
+        "one look: {} us; CPU: QEMU's main thread {} us, this process {} us",
+        (took / LOOKS).as_micros(),
+        each(after.0 - before.0),
+        each(after.1 - before.1)
+    );
+}
