@@ -4,6 +4,16 @@
 use std::{fs, path::Path, process::Command};
 
 #[test]
+fn reading_with_idle_priority_is_allowed() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd/onequote-proxy.service");
+    let text = fs::read_to_string(unit).unwrap();
+    // Later lines count: what is taken away with @resources must be given back after that.
+    let filters: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("SystemCallFilter=")).collect();
+    let last = |part: &str| filters.iter().rposition(|filter| filter.contains(part));
+    assert!(last("@resources") < last("ioprio_set"), "{filters:?}");
+}
+
+#[test]
 fn systemd_finds_nothing_wrong_with_the_units() {
     let dir = tempfile::tempdir().unwrap();
     let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd");
