@@ -104,8 +104,9 @@ pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
 /// # Errors
 /// [`AppError`].
 pub async fn run(config: Config) -> Result<(), AppError> {
-    for dir in [&config.state_dir, &config.run_dir, &config.vms_dir()] {
-        folder::private(dir).map_err(io_error(dir.display().to_string()))?;
+    let monitors = config.intercept.is_some().then(|| config.monitors_dir());
+    for dir in [config.state_dir.clone(), config.run_dir.clone(), config.vms_dir()].into_iter().chain(monitors) {
+        folder::private(&dir).map_err(io_error(dir.display().to_string()))?;
     }
     raise_descriptors();
     let identity = Identity::open(&config.state_dir, &config.host_id)?;
@@ -140,6 +141,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     watched.looks_per_second = config.vms.looks_per_second;
     watched.extra = config.monitors.iter().map(|m| (m.name.clone(), m.socket.clone())).collect();
     watched.digester = digester.clone();
+    watched.intercept = config.intercept();
     let manager = Manager::start(
         watched,
         Arc::new(LogSink { log: log.clone(), role: PcrRole::Vm }),

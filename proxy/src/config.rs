@@ -14,7 +14,7 @@ use onequote_evidence::{
 };
 use serde::Deserialize;
 
-use crate::{measure::MeasureLimits, vm::is_valid_name};
+use crate::{intercept, measure::MeasureLimits, vm::is_valid_name};
 
 /// A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
 const MAX_SOCKET_PATH: usize = 107;
@@ -56,6 +56,8 @@ pub struct Config {
     /// VMs.
     #[serde(default)]
     pub vms: Vms,
+    /// Monitors that are served to management tools.
+    pub intercept: Option<Intercept>,
     /// Guests.
     #[serde(default)]
     pub guest: Guest,
@@ -135,6 +137,18 @@ impl Default for Vms {
     }
 }
 
+/// Monitors that are served to management tools: the section switches it on.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Intercept {
+    /// Names of VMs; `*` stands for any characters.
+    pub vms: Vec<String>,
+    /// Commands that are refused, with the same wildcard.
+    pub refuse: Vec<String>,
+    /// Clients that one monitor serves at a time.
+    pub clients: usize,
+}
+
 /// Guests.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -161,6 +175,13 @@ pub struct Host {
     pub firmware_log: Option<PathBuf>,
     /// The host's IMA list, `/sys/kernel/security/ima/binary_runtime_measurements`.
     pub ima_list: Option<PathBuf>,
+}
+
+impl Default for Intercept {
+    fn default() -> Self {
+        let clients = intercept::Limits::default().clients;
+        Self { vms: vec!["*".to_owned()], refuse: Vec::new(), clients }
+    }
 }
 
 impl Default for Guest {
@@ -244,6 +265,9 @@ impl Config {
         if !(1..=10_000).contains(&self.vms.looks_per_second) {
             return bad("vms.looks_per_second", format!("{} is not one of 1 to 10000", self.vms.looks_per_second));
         }
+        if self.intercept.as_ref().is_some_and(|i| i.clients == 0) {
+            return bad("intercept.clients", "0 clients can do nothing; leave the section out".to_owned());
+        }
         // A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
         if self.vms_dir().as_os_str().len() > 80 {
             return bad("run_dir", "is too long: sockets of VMs in it would not fit 107 bytes".to_owned());
@@ -283,6 +307,23 @@ impl Config {
     #[must_use]
     pub fn vms_dir(&self) -> PathBuf {
         self.run_dir.join("vms")
+    }
+
+    /// Where intercepted monitors are served.
+    #[must_use]
+    pub fn monitors_dir(&self) -> PathBuf {
+        self.run_dir.join("monitors")
+    }
+
+    /// How monitors are served, if any is.
+    #[must_use]
+    pub fn intercept(&self) -> Option<intercept::Settings> {
+        self.intercept.clone().map(|Intercept { vms, refuse, clients }| intercept::Settings {
+            dir: self.monitors_dir(),
+            vms,
+            refuse,
+            limits: intercept::Limits { clients, ..intercept::Limits::default() },
+        })
     }
 
     /// The socket at which the proxy answers its own command line.

@@ -10,6 +10,7 @@ pub mod config;
 mod folder;
 pub mod guest;
 pub mod identity;
+pub mod intercept;
 pub mod inventory;
 pub mod launch;
 pub mod log;

@@ -68,10 +68,12 @@ pub enum Kind {
     Answered,
     /// A verifier's challenge could not be answered.
     Unanswered,
+    /// A client of an intercepted monitor came, left or was refused something.
+    MonitorClient,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::GuestConnection,
         Self::GuestMisbehaves,
         Self::GuestTurnedAway,
@@ -79,6 +81,7 @@ impl Kind {
         Self::Handshake,
         Self::Answered,
         Self::Unanswered,
+        Self::MonitorClient,
     ];
 
     /// Its name in log and status.
@@ -92,6 +95,7 @@ impl Kind {
             Self::Handshake => "handshake",
             Self::Answered => "answered",
             Self::Unanswered => "unanswered",
+            Self::MonitorClient => "monitor-client",
         }
     }
 }

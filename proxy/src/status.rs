@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::{
     guest::Room,
+    intercept::DoorStatus,
     inventory::Inventory,
     log::LogHandle,
     measure::{Digester, Reading},
@@ -78,6 +79,8 @@ pub struct VmStatus {
     pub entries: u64,
     /// Milliseconds since the guest's last frame.
     pub last_contact_ms: Option<u64>,
+    /// Its socket for management tools, if it is intercepted.
+    pub monitor: Option<DoorStatus>,
     /// What went wrong last.
     pub error: Option<String>,
 }
@@ -125,6 +128,7 @@ impl StatusSource for LiveStatus {
                 boots: boots.len(),
                 entries: boots.last().map_or(0, |boot| boot.count),
                 last_contact_ms: self.room.last_contact(&vm.vm).and_then(|age| u64::try_from(age.as_millis()).ok()),
+                monitor: vm.monitor,
                 error: vm.error,
             }
         });

@@ -7,7 +7,7 @@
 use std::{fs, path::PathBuf};
 
 use onequote_proxy::{
-    config::{Config, Guest},
+    config::{Config, Guest, Intercept},
     vm::References,
 };
 
@@ -60,8 +60,18 @@ fn configurations_are_read() {
 #[test]
 fn every_key_of_the_configuration_is_there() {
     let text = blocks(DOC, "toml proxy").remove(0);
-    for section in ["[tpm]", "[[verifiers]]", "[[monitor]]", "[enforce]", "[measure]", "[vms]", "[guest]", "[host]", ""]
-    {
+    for section in [
+        "[tpm]",
+        "[[verifiers]]",
+        "[[monitor]]",
+        "[enforce]",
+        "[measure]",
+        "[vms]",
+        "[intercept]",
+        "[guest]",
+        "[host]",
+        "",
+    ] {
         let lines = text.lines().map(|line| match line.starts_with(section) && !section.is_empty() {
             true => format!("{line}\nnonsense = 1\n"),
             false => format!("{line}\n"),
@@ -89,6 +99,10 @@ fn values_of_keys_that_are_left_out() {
     assert_eq!((guest.port, guest.vsock, guest.unix, guest.collect_ms), (port, vsock, unix, collect_ms));
     assert_eq!((guest.max_entries, guest.max_bytes), (max_entries, max_bytes));
     assert_eq!(told.measure.limits().idle_io, least.measure.limits().idle_io);
+    let Intercept { vms, refuse, clients } = Intercept::default();
+    let intercept = told.intercept.unwrap();
+    assert_eq!((intercept.vms, intercept.refuse, intercept.clients), (vms, refuse, clients));
+    assert!(least.intercept.is_none());
     // Of these the page says that they are not set.
     assert!(least.measure.parallel.is_none() && told.measure.parallel.is_none());
     assert!(least.host.firmware_log.is_none() && least.host.ima_list.is_none() && least.enforce.is_none());

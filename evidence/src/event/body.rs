@@ -385,9 +385,9 @@ bodies! {
         #[n(0)] pub client: String,
         /// The command.
         #[n(1)] pub command: String,
-        /// Its arguments as JSON, cut at 4,096 bytes.
+        /// Its arguments as JSON, passwords and other secrets left out, cut at 4,096 bytes.
         #[n(2)] pub arguments: String,
-        /// SHA-256 of the arguments as JSON, not cut.
+        /// SHA-256 of the same, not cut.
         #[n(3)] pub digest: Sha256,
         /// What became of it.
         #[n(4)] pub outcome: CommandOutcome,

@@ -42,11 +42,11 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
             _ => {}
         }
     }
-    writeln!(out, "\n{:<20} {:<36} {:<12} {:<8} {:>5} {:>8}", "VM", "UUID", "state", "depth", "boots", "entries")?;
+    writeln!(out, "\n{:<20} {:<36} {:<12} {:<9} {:>5} {:>8}", "VM", "UUID", "state", "depth", "boots", "entries")?;
     for vm in status["vms"].as_array().into_iter().flatten() {
         writeln!(
             out,
-            "{:<20} {:<36} {:<12} {:<8} {:>5} {:>8}",
+            "{:<20} {:<36} {:<12} {:<9} {:>5} {:>8}",
             text(&vm["name"]),
             text(&vm["uuid"]),
             text(&vm["run_state"]),
@@ -54,6 +54,12 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
             text(&vm["boots"]),
             text(&vm["entries"])
         )?;
+        let monitor = &vm["monitor"];
+        if monitor.is_object() {
+            let [socket, clients, commands, refused] =
+                ["socket", "clients", "commands", "refused"].map(|key| text(&monitor[key]));
+            writeln!(out, "    monitor {socket}: clients {clients}, commands {commands}, refused {refused}")?;
+        }
         if let Some(error) = vm["error"].as_str() {
             writeln!(out, "    {}", printable(error))?;
         }

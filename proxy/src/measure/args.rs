@@ -174,13 +174,13 @@ impl Arguments {
 }
 
 /// The path from QEMU's working directory, without `.` parts.
-pub(super) fn absolute(dir: &Path, name: &Path) -> PathBuf {
+pub(crate) fn absolute(dir: &Path, name: &Path) -> PathBuf {
     dir.join(name).components().collect()
 }
 
 /// Where a file lies that QEMU looks up in data directories: at the path, then in each directory.
 /// `program` is QEMU's own path: its distribution's directories lie beside it.
-pub(super) fn in_data_dirs(dir: &Path, program: &Path, more: &[PathBuf], name: &Path) -> Option<PathBuf> {
+pub(crate) fn in_data_dirs(dir: &Path, program: &Path, more: &[PathBuf], name: &Path) -> Option<PathBuf> {
     let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
     let own = [
         "share/qemu",

@@ -101,9 +101,20 @@ pub(crate) async fn measure_path(
     alg: FileDigestAlg,
     progress: Option<Progress>,
 ) -> Result<MeasuredFile, MeasureErrorKind> {
+    measure_named(digester, path, alg, false, progress).await
+}
+
+/// The same of a file that may be `hot`: a guest may write it meanwhile.
+pub(crate) async fn measure_named(
+    digester: &Digester,
+    path: &Path,
+    alg: FileDigestAlg,
+    hot: bool,
+    progress: Option<Progress>,
+) -> Result<MeasuredFile, MeasureErrorKind> {
     let file = open(path)?;
     let id = Stamp::from(&file.metadata()?).file;
-    let measured = measure_open(digester, file, alg, false, progress).await?;
+    let measured = measure_open(digester, file, alg, hot, progress).await?;
     if Stamp::from(&std::fs::metadata(path)?).file != id {
         return Err(MeasureErrorKind::Changed);
     }

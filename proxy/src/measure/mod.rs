@@ -35,13 +35,14 @@ mod roms;
 mod vm;
 
 pub use args::{Arguments, Given, Lookup, NamedFile};
+pub(crate) use args::{absolute, in_data_dirs};
 pub use blocks::{BlockGraph, Content, Leaf, Snapshot};
 pub(crate) use blocks::{drive_of, slot_name};
 pub use cli::{Algorithms, measure_files};
 pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Wanted};
 pub use error::{MeasureError, MeasureErrorKind};
-pub(crate) use file::measure_path;
 pub use file::{MeasuredFile, Stamp};
+pub(crate) use file::{measure_named, measure_path};
 pub use machine::{Machine, accelerator, has_run};
 pub use process::{Held, Process};
 pub(crate) use vm::quoted;

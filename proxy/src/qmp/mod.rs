@@ -14,11 +14,17 @@
 //! and every caller learns why. Dropping the last [`Qmp`] closes it too: QEMU serves one client a socket, and an
 //! abandoned one would block the next.
 //!
+//! # Other people's commands
+//! [`Qmp::pass`] takes a command that somebody else gave, under an id of our own, with a descriptor beside it if it
+//! takes one, and gives QEMU's answer as it was written; a [`Tap`] is told every event as it was written.
+//! Out-of-band execution is enabled where QEMU offers it, so that such a command can overtake ours.
+//!
 //! # Limits
 //! A line is at most [`Limits::line`] bytes. At most [`Limits::events`] events wait to be taken; those that come while
 //! so many wait are dropped and counted, and [`Event::Missed`] stands in the place where they were.
 
 mod connection;
+pub(crate) mod descriptors;
 mod error;
 mod events;
 mod line;
@@ -28,7 +34,7 @@ mod tests;
 
 use std::time::Duration;
 
-pub use connection::{Qmp, WeakQmp};
+pub use connection::{Answer, ErrorBody, Passed, Qmp, Tap, WeakQmp};
 pub use error::QmpError;
 pub use events::{Event, Events};
 

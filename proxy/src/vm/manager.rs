@@ -29,6 +29,7 @@ use super::{
     watch::{Socket, SocketId, Watch, socket_id},
 };
 use crate::{
+    intercept,
     inventory::Inventory,
     measure::{self, Digester, MeasureError, Process},
     qmp::{self, Qmp},
@@ -63,6 +64,8 @@ pub struct Config {
     pub digester: Digester,
     /// How the host is searched for VMs without a monitor; none to leave it.
     pub scan: Option<Scan>,
+    /// Which monitors are served to management tools, and how; none to serve none.
+    pub intercept: Option<intercept::Settings>,
 }
 
 impl Config {
@@ -82,6 +85,7 @@ impl Config {
             retry: Duration::from_secs(1),
             digester: Digester::default(),
             scan: Some(Scan::default()),
+            intercept: None,
         }
     }
 }
@@ -390,7 +394,7 @@ async fn close_open_session(env: Arc<Env>, session: OpenSession, process: Option
         }
     }
     let body = VmStop { cause: StopCause::Unwatched, images, unmeasured }.into();
-    let mut outbox = Outbox::new(session.vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
+    let outbox = Outbox::new(session.vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
     outbox.push(Event { time: (env.clock)(), vm: Some(session.vm), body });
     while let Err(e) = outbox.flush().await {
         tracing::error!(vm = %session.name, "{e}");
@@ -412,6 +416,7 @@ fn ending(session: &OpenSession) -> LiveVm {
         guest_cid: None,
         vsock: None,
         resets: 0,
+        monitor: None,
         error: None,
     }
 }

@@ -25,7 +25,7 @@ use super::{
     session::Session,
     start::Occasion,
 };
-use crate::{measure::process::thread_ticks, qmp::Qmp};
+use crate::{intercept::Gate, measure::process::thread_ticks, qmp::Qmp};
 
 /// QEMU's run state while it waits for a VM's state.
 pub(super) const WAITING: &str = "inmigrate";
@@ -76,6 +76,9 @@ impl Session {
         }
         self.life.incoming = Some(Incoming { gated, source, arrived: self.life.held });
         self.flush().await;
+        // Tools must be able to say where the state comes from, but not to let it run.
+        let closed = || Gate::Closed(format!("{} waits for its state, which is then measured", self.name));
+        self.set_gate(if gated { closed() } else { Gate::Open });
         self.meeting = None;
         if self.facts.run_state != WAITING {
             // What QEMU told of the arrival came before it told its run state.
@@ -109,6 +112,9 @@ impl Session {
         let runs = state == "running";
         self.set_run_state(&state);
         self.life.held = gated;
+        if gated {
+            self.set_gate(Gate::Measuring);
+        }
         let measured = tokio::select! {
             biased;
             () = self.process.ended() => return,

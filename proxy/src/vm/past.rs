@@ -160,6 +160,7 @@ impl<'a> Held<'a> {
             guest_cid: None,
             vsock: None,
             resets: 0,
+            monitor: None,
             error: None,
         };
         registry.enter(place).map_err(|other| alive(&other))?;

@@ -148,7 +148,7 @@ fn digest_fits(item: &str, path: &str, digest: FileDigest, allowed: &[FileDigest
 }
 
 /// Whether `pattern`, in which `*` stands for any characters, is all of `name`.
-fn fits(pattern: &str, name: &str) -> bool {
+pub(crate) fn fits(pattern: &str, name: &str) -> bool {
     let Some((head, rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut left) = name.strip_prefix(head) else { return false };
     let (middle, tail) = rest.rsplit_once('*').map_or((None, rest), |(m, t)| (Some(m), t));

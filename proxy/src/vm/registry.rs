@@ -14,6 +14,7 @@ use serde::Serialize;
 use tokio::sync::{Notify, broadcast};
 
 use super::{UnmanagedProcess, control::Control};
+use crate::intercept::DoorStatus;
 
 /// Notices that wait for one receiver. Who falls behind looks at [`Registry::snapshot`].
 const NOTICES: usize = 1024;
@@ -73,6 +74,8 @@ pub struct LiveVm {
     pub vsock: Option<PathBuf>,
     /// Resets seen in this session.
     pub resets: u64,
+    /// Its socket for management tools, if it is intercepted.
+    pub monitor: Option<DoorStatus>,
     /// The last error, for people.
     pub error: Option<String>,
 }
@@ -210,7 +213,7 @@ impl Registry {
     }
 
     /// Changes a session's status.
-    pub(super) fn update(&self, vm: VmRef, change: impl FnOnce(&mut LiveVm)) {
+    pub(crate) fn update(&self, vm: VmRef, change: impl FnOnce(&mut LiveVm)) {
         if let Some(status) = self.lock().vms.get_mut(&vm) {
             change(status);
         }

@@ -18,6 +18,7 @@ use tokio::{
 use super::{
     control::Retry,
     facts::Facts,
+    intercepted,
     life::{Life, next_event},
     manager::Env,
     migrate::tell_of_migrations,
@@ -26,6 +27,7 @@ use super::{
     start::Occasion,
 };
 use crate::{
+    intercept::Door,
     measure::{Kept, Leaf, MeasureError, Process},
     qmp::{Events, Qmp, QmpError},
     rate::Bucket,
@@ -65,6 +67,8 @@ pub(super) struct Session {
     /// Every image as it was last measured.
     pub(super) images: Vec<Image>,
     pub(super) outbox: Outbox,
+    /// Where management tools give their commands, if the VM is intercepted.
+    pub(super) door: Option<Door>,
     /// What is wrong with the VM, and with logging it.
     pub(super) error: Option<String>,
     pub(super) log_error: Option<String>,
@@ -125,6 +129,7 @@ impl Session {
             kept: Vec::new(),
             images: Vec::new(),
             outbox,
+            door: None,
             error: None,
             log_error: None,
             cause: None,
@@ -150,6 +155,7 @@ impl Session {
         let occasion = if known.is_some() { Occasion::ProxyDown } else { Occasion::First };
         self.life.run_state = known.as_ref().map(|k| k.run_state.clone());
         self.expected = known.map(|k| k.images).unwrap_or_default();
+        self.open_door();
         self.assess(occasion).await;
         let mut tick = interval(self.env.config.recheck);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -163,6 +169,7 @@ impl Session {
                         break;
                     },
                 },
+                () = intercepted::ran(self.door.as_ref()) => self.recheck = true,
                 () = self.process.ended() => {
                     // What it said last may still be on the way; its end closes the monitor.
                     let rest = async { while let Ok(event) = self.events.next().await { self.take_event(event).await; } };
@@ -185,6 +192,7 @@ impl Session {
 
     /// The monitor ended. Whether it was found again; otherwise the process has ended.
     async fn find_again(&mut self, why: &QmpError) -> bool {
+        self.door = None;
         if timeout(self.env.config.exit_grace, self.process.ended()).await.is_ok() {
             return false;
         }
@@ -212,6 +220,7 @@ impl Session {
             (self.qmp, self.events, self.facts) = (qmp, events, facts);
             self.error = None;
             self.offer_control();
+            self.open_door();
             let occasion = if self.created { Occasion::MonitorLost } else { Occasion::First };
             self.assess(occasion).await;
             return true;
@@ -220,6 +229,7 @@ impl Session {
 
     /// The process has ended: measures what it could write, logs its stop and leaves.
     async fn finish(mut self) {
+        self.door = None;
         self.stage(Stage::Ending);
         self.env.registry.tell(self.vm, NoticeKind::Stopped);
         if self.created {
@@ -252,9 +262,6 @@ impl Session {
 
     /// Logs what waits. Whether nothing waits any more.
     pub(super) async fn flush(&mut self) -> bool {
-        if self.outbox.len() == 0 {
-            return true;
-        }
         match self.outbox.flush().await {
             Ok(()) => {
                 self.log_error = None;
@@ -305,6 +312,7 @@ impl Session {
             guest_cid: self.facts.guest_cid,
             vsock: self.facts.vhost_user_vsock.then(|| self.env.config.dir.join(format!("{}.vsock", self.name))),
             resets: 0,
+            monitor: self.door.as_ref().map(Door::status),
             error: self.error.clone(),
         }
     }

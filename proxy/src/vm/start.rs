@@ -13,9 +13,11 @@ use onequote_evidence::{
 use super::{
     commanders,
     facts::run_state,
+    outbox::Ticket,
     registry::{LiveVm, NoticeKind, Stage},
     session::Session,
 };
+use crate::intercept::Gate;
 use crate::measure::{self, MeasureError, Measurement, VmMeter};
 
 /// Why a session is looked at.
@@ -47,8 +49,15 @@ impl Session {
         let gate = waits && !own.has_run;
         let incoming = self.comes_from_elsewhere(occasion).await;
         let gated = gate || incoming == Some(true);
-        self.depth = if gated { Depth::Gate } else { Depth::Observe };
+        self.depth = match (gated, &self.door) {
+            (true, Some(_)) => Depth::Intercept,
+            (true, None) => Depth::Gate,
+            (false, _) => Depth::Observe,
+        };
         self.measured = false;
+        if gate {
+            self.set_gate(Gate::Measuring);
+        }
         if let Err(other) = self.enter().await {
             self.head(occasion);
             let reason = format!(
@@ -72,6 +81,7 @@ impl Session {
                 self.tell_continued(&format!("it was started with -S, but {how}"));
             }
             self.flush().await;
+            self.set_gate(Gate::Open);
         }
         self.meeting = None;
         let measured = tokio::select! {
@@ -155,13 +165,11 @@ impl Session {
         self.keep(&measurement);
         let tag = self.argument_after("-loadvm");
         let writable = measurement.images.iter().filter(|image| !image.read_only).cloned().collect();
-        self.log(VmStart { components: measurement.components, images: measurement.images });
-        if !tag.is_empty() {
-            self.log(SnapshotLoad { tag, images: writable });
-        }
+        let start = self.put(VmStart { components: measurement.components, images: measurement.images });
+        let load = (!tag.is_empty()).then(|| self.put(SnapshotLoad { tag, images: writable }));
         if !self.flush().await {
             // What is not in the log has not happened: neither later may it say that the VM started.
-            self.outbox.withdraw_start();
+            [Some(start), load].into_iter().flatten().for_each(|ticket| self.outbox.withdraw(ticket));
             let reason = self.log_error.clone().unwrap_or_default();
             return self.refuse(RefuseCause::Log, reason, String::new()).await;
         }
@@ -184,7 +192,9 @@ impl Session {
             self.tell_continued("it was let run after it had been measured, but not by the proxy");
             match self.measure(true).await {
                 Ok(measurement) => {
-                    self.attach(measurement, false).await;
+                    if self.attach(measurement, false).await {
+                        self.set_gate(Gate::Open);
+                    }
                 }
                 Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,
             }
@@ -195,6 +205,7 @@ impl Session {
         self.env.registry.tell(self.vm, NoticeKind::Started);
         // Whatever another monitor did since the last look, or does before QEMU takes this command, is looked for at once.
         self.recheck = true;
+        self.set_gate(Gate::Open);
         match self.qmp.execute(qapi::qmp::cont {}).await {
             Ok(_) => tracing::info!(vm = %self.name, "measured, logged and let run"),
             Err(e) => self.fail(format!("{} is measured and logged, but does not run: {e}", self.name)),
@@ -220,6 +231,10 @@ impl Session {
             }
             None => {
                 self.flush().await;
+                // One that still stands still is let run by whoever called this.
+                if self.depth == Depth::Observe {
+                    self.set_gate(Gate::Open);
+                }
                 tracing::info!(vm = %self.name, again, "measured while it runs");
             }
         }
@@ -289,8 +304,11 @@ impl Session {
     pub(super) async fn refuse(&mut self, cause: RefuseCause, reason: String, item: String) {
         self.fail(format!("{} is not let run: {reason}", self.name));
         self.stage(Stage::Refused);
+        let closed = format!("{} is not let run: {reason}", self.name);
         self.log(VmRefuse { reason, item, cause });
         self.flush().await;
+        // One that runs already is not held up.
+        self.set_gate(if self.depth == Depth::Observe { Gate::Open } else { Gate::Closed(closed) });
     }
 
     fn keep(&mut self, measurement: &Measurement) {
@@ -301,7 +319,11 @@ impl Session {
 
     /// Adds an event to those that wait to be logged.
     pub(super) fn log(&mut self, body: impl Into<EventBody>) {
+        self.put(body);
+    }
+
+    fn put(&mut self, body: impl Into<EventBody>) -> Ticket {
         let (time, vm) = ((self.env.clock)(), Some(self.vm));
-        self.outbox.push(onequote_evidence::event::Event { time, vm, body: body.into() });
+        self.outbox.push(onequote_evidence::event::Event { time, vm, body: body.into() })
     }
 }

@@ -4,6 +4,7 @@
 
 mod control;
 mod gate;
+mod intercept;
 mod life;
 mod loaded;
 mod look;

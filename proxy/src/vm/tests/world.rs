@@ -32,6 +32,7 @@ pub(super) struct World {
     pub(super) dir: TempDir,
     pub(super) log: Arc<Log>,
     pub(super) manager: Option<Manager>,
+    pub(super) intercept: Option<crate::intercept::Settings>,
 }
 
 /// Something that happens while events are logged.
@@ -118,7 +119,7 @@ impl World {
     }
 
     pub(super) fn with(references: Option<&str>) -> Self {
-        let mut world = Self { dir: tempfile::tempdir().unwrap(), log: Arc::default(), manager: None };
+        let mut world = Self { dir: tempfile::tempdir().unwrap(), log: Arc::default(), manager: None, intercept: None };
         world.start(references);
         world
     }
@@ -134,6 +135,7 @@ impl World {
         config.accept = LONG;
         // Other tests run VMs at the same time.
         config.scan = None;
+        config.intercept.clone_from(&self.intercept);
         let references = references.map(|text| toml::from_str(text).unwrap());
         let sink = Arc::clone(&self.log) as Arc<dyn EventSink>;
         let inventory = Arc::clone(&self.log.inventory);
