@@ -13,10 +13,13 @@ use crate::{
     driver::{Step, in_order},
     io::{idle_io, read_all, size_of, will_be_read},
     kernel,
-    plan::{PIECE_CHUNKS, Part, Piece, Plan},
+    plan::{Part, Piece, Plan},
     saved,
     tree::{Builder, file_digest, zero_block},
 };
+
+/// Chunks with data that a thread takes at a time, at most.
+const CHUNKS_AT_A_TIME: usize = 4;
 
 /// Blocks that are read before they are hashed: they stay in a core's own cache in between.
 const BATCH: usize = 32;
@@ -86,22 +89,30 @@ pub fn measure(file: &File, options: Options<'_>) -> Result<Measured, VerityErro
     let mut plan = Plan::new(file, size);
     let (mut builder, mut done) = (Builder::new(), 0);
     let next = || {
-        Ok(plan.next()?.map(|part| match part {
-            Part::Zeros(chunks) => Step::Ready(Found::Zeros(chunks)),
-            Part::Piece(piece) => Step::Work(piece),
-        }))
+        // Small pieces are done together: the digests over them come in pairs too.
+        let (mut parts, mut room) = (Vec::new(), CHUNKS_AT_A_TIME);
+        while room > 0 {
+            let Some(part) = plan.next(room)? else { break };
+            if let Part::Piece(piece) = &part {
+                room -= piece.chunks();
+            }
+            parts.push(part);
+        }
+        Ok((!parts.is_empty()).then_some(Step::Work(parts)))
     };
-    let accept = |found| {
-        done += match &found {
-            Found::Zeros(chunks) => {
-                builder.push_zeros(*chunks);
-                chunks * CHUNK
-            }
-            Found::Chunks { digests, count, len } => {
-                digests[..*count].iter().for_each(|d| builder.push(d));
-                *len
-            }
-        };
+    let accept = |found: Vec<Found>| {
+        for found in found {
+            done += match &found {
+                Found::Zeros(chunks) => {
+                    builder.push_zeros(*chunks);
+                    chunks * CHUNK
+                }
+                Found::Chunks { digests, count, len } => {
+                    digests[..*count].iter().for_each(|d| builder.push(d));
+                    *len
+                }
+            };
+        }
         if (options.progress)(done) { Ok(()) } else { Err(VerityError::Stopped) }
     };
     let scratch = || {
@@ -113,7 +124,7 @@ pub fn measure(file: &File, options: Options<'_>) -> Result<Measured, VerityErro
     };
     // Small files are done before another thread has begun.
     let threads = NonZeroUsize::new(usize::try_from(size / CHUNK).unwrap_or(usize::MAX)).unwrap_or(NonZeroUsize::MIN);
-    in_order(threads.min(options.threads), next, scratch, |s, piece| run.piece(s, &piece), accept)?;
+    in_order(threads.min(options.threads), next, scratch, |s, parts| run.parts(s, &parts), accept)?;
     run.check_end()?;
     let saved = !run.unsaved.load(Ordering::Relaxed) && options.save.is_some_and(|to| saved::finish(to, size).is_ok());
     let read = run.read.load(Ordering::Relaxed);
@@ -122,7 +133,7 @@ pub fn measure(file: &File, options: Options<'_>) -> Result<Measured, VerityErro
 
 enum Found {
     Zeros(u64),
-    Chunks { digests: [Digest; PIECE_CHUNKS], count: usize, len: u64 },
+    Chunks { digests: [Digest; CHUNKS_AT_A_TIME], count: usize, len: u64 },
 }
 
 struct Run<'a> {
@@ -138,45 +149,72 @@ struct Run<'a> {
 struct Scratch {
     batch: Batch,
     /// Blocks of the tree's first level.
-    tree: [Block; PIECE_CHUNKS],
+    tree: [Block; CHUNKS_AT_A_TIME],
 }
 
 impl Scratch {
     fn new() -> Box<Self> {
-        Box::new(Self { batch: Batch::new(), tree: [[0; BLOCK_SIZE]; PIECE_CHUNKS] })
+        Box::new(Self { batch: Batch::new(), tree: [[0; BLOCK_SIZE]; CHUNKS_AT_A_TIME] })
     }
 }
 
 impl Run<'_> {
-    /// The digests of a piece's chunks.
-    fn piece(&self, scratch: &mut Scratch, piece: &Piece) -> Result<Found, VerityError> {
+    /// The digests of the chunks of all pieces.
+    fn parts(&self, scratch: &mut Scratch, parts: &[Part]) -> Result<Vec<Found>, VerityError> {
         let Scratch { batch, tree } = scratch;
-        let blocks = usize::try_from(piece.len.div_ceil(BLOCK_SIZE as u64)).unwrap_or(usize::MAX);
-        let leaves = tree.as_flattened_mut().as_chunks_mut::<32>().0;
-        leaves[..blocks].fill(zero_block());
-        leaves[blocks..].fill([0; 32]);
+        let mut used = 0;
+        for part in parts {
+            let Part::Piece(piece) = part else { continue };
+            self.read(batch, tree, piece, used)?;
+            used += piece.chunks();
+        }
+        batch.hash(self.hasher, leaves(tree));
+        let mut all = [[0; 32]; CHUNKS_AT_A_TIME];
+        if self.size <= BLOCK_SIZE as u64 {
+            // No tree over a single block.
+            all[0] = leaves(tree)[0];
+        } else {
+            hash_all(self.hasher, &tree[..used], &mut all);
+        }
+        let mut first = 0;
+        let found = parts.iter().map(|part| match part {
+            Part::Zeros(chunks) => Found::Zeros(*chunks),
+            Part::Piece(piece) => {
+                let count = piece.chunks();
+                let mut digests = [[0; 32]; CHUNKS_AT_A_TIME];
+                digests[..count].copy_from_slice(&all[first..first + count]);
+                self.save(piece, &mut tree[first..first + count], piece.blocks());
+                first += count;
+                Found::Chunks { digests, count, len: piece.len }
+            }
+        });
+        Ok(found.collect())
+    }
+
+    /// Reads a piece whose chunks' blocks of the tree begin with `first`. Some of it is left in the batch.
+    fn read(
+        &self,
+        batch: &mut Batch,
+        tree: &mut [Block; CHUNKS_AT_A_TIME],
+        piece: &Piece,
+        first: usize,
+    ) -> Result<(), VerityError> {
+        let offset = first * HASHES_PER_BLOCK;
+        let (there, beyond) = leaves(&mut tree[first..first + piece.chunks()]).split_at_mut(piece.blocks());
+        there.fill(zero_block());
+        beyond.fill([0; 32]);
         for run in &piece.runs {
             let mut at = run.start;
             while at < run.end {
-                let read = batch.read(self.file, self.size, piece.at, at..run.end)?;
+                let read = batch.read(self.file, self.size, piece.at, at..run.end, offset)?;
                 at += read.blocks;
                 self.read.fetch_add(read.bytes, Ordering::Relaxed);
                 if batch.is_full() {
-                    batch.hash(self.hasher, leaves);
+                    batch.hash(self.hasher, leaves(tree));
                 }
             }
         }
-        batch.hash(self.hasher, leaves);
-        let mut digests = [[0; 32]; PIECE_CHUNKS];
-        let count = blocks.div_ceil(HASHES_PER_BLOCK);
-        if self.size <= BLOCK_SIZE as u64 {
-            // No tree over a single block.
-            digests[0] = leaves[0];
-        } else {
-            hash_all(self.hasher, &tree[..count], &mut digests);
-        }
-        self.save(piece, &mut tree[..count], blocks);
-        Ok(Found::Chunks { digests, count, len: piece.len })
+        Ok(())
     }
 
     fn save(&self, piece: &Piece, tree: &mut [Block], blocks: usize) {
@@ -200,7 +238,7 @@ impl Run<'_> {
     }
 }
 
-/// Blocks read and not hashed yet, each with its place among a piece's blocks.
+/// Blocks read and not hashed yet, each with the place of its digest.
 pub(crate) struct Batch {
     data: [Block; BATCH],
     places: [usize; BATCH],
@@ -222,14 +260,15 @@ impl Batch {
         self.used == BATCH
     }
 
-    /// Reads as many of these blocks as there is room for, at least one; they are counted from `base`, in bytes. The
-    /// file's last block is filled up with zeros.
+    /// Reads as many of these blocks as there is room for, at least one; they are counted from `base`, in bytes, and their
+    /// places from `offset`. The file's last block is filled up with zeros.
     pub(crate) fn read(
         &mut self,
         file: &File,
         size: u64,
         base: u64,
         blocks: std::ops::Range<u64>,
+        offset: usize,
     ) -> Result<BatchRead, VerityError> {
         let count = usize::try_from(blocks.end - blocks.start).unwrap_or(usize::MAX).min(BATCH - self.used);
         let at = base + blocks.start * BLOCK_SIZE as u64;
@@ -239,7 +278,7 @@ impl Batch {
         read_all(file, data, at)?;
         rest.fill(0);
         for (place, block) in self.places[self.used..][..count].iter_mut().zip(blocks) {
-            *place = usize::try_from(block).unwrap_or(usize::MAX);
+            *place = offset + usize::try_from(block).unwrap_or(usize::MAX);
         }
         self.used += count;
         Ok(BatchRead { blocks: count as u64, bytes: bytes as u64 })
@@ -262,6 +301,11 @@ impl Batch {
         }
         self.used = 0;
     }
+}
+
+/// The digests in blocks of the tree.
+pub(crate) fn leaves(tree: &mut [Block]) -> &mut [Digest] {
+    tree.as_flattened_mut().as_chunks_mut::<32>().0
 }
 
 /// The digests of blocks.

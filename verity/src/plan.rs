@@ -4,10 +4,6 @@ use std::{fs::File, ops::Range};
 
 use crate::{BLOCK_SIZE, CHUNK, VerityError, io::Extents};
 
-/// Chunks in a piece, at most.
-pub(crate) const PIECE_CHUNKS: usize = 4;
-
-const PIECE: u64 = CHUNK * PIECE_CHUNKS as u64;
 const BLOCK: u64 = BLOCK_SIZE as u64;
 
 /// The next part of a file.
@@ -19,7 +15,7 @@ pub(crate) enum Part {
     Piece(Piece),
 }
 
-/// At most [`PIECE_CHUNKS`] chunks.
+/// Some chunks in a row.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
     /// Its first byte, a multiple of [`CHUNK`].
@@ -28,6 +24,16 @@ pub(crate) struct Piece {
     pub(crate) len: u64,
     /// Blocks that may hold other than zeros, counted from the piece's first, ascending and apart.
     pub(crate) runs: Vec<Range<u64>>,
+}
+
+impl Piece {
+    pub(crate) fn chunks(&self) -> usize {
+        usize::try_from(self.len.div_ceil(CHUNK)).unwrap_or(usize::MAX)
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        usize::try_from(self.len.div_ceil(BLOCK)).unwrap_or(usize::MAX)
+    }
 }
 
 pub(crate) struct Plan<'a> {
@@ -41,8 +47,8 @@ impl<'a> Plan<'a> {
         Self { extents: Extents::new(file, size), size, at: 0 }
     }
 
-    /// The next part; none at the end.
-    pub(crate) fn next(&mut self) -> Result<Option<Part>, VerityError> {
+    /// The next part, a piece of at most so many chunks; none at the end.
+    pub(crate) fn next(&mut self, most: usize) -> Result<Option<Part>, VerityError> {
         if self.at >= self.size {
             return Ok(None);
         }
@@ -52,7 +58,7 @@ impl<'a> Plan<'a> {
             self.at += empty * CHUNK;
             return Ok(Some(Part::Zeros(empty)));
         }
-        let limit = self.at.saturating_add(PIECE).min(self.size);
+        let limit = self.at.saturating_add(CHUNK * most as u64).min(self.size);
         let (mut end, mut runs, mut next) = (self.at, Vec::<Range<u64>>::new(), self.at);
         while next < limit {
             let (data, hole) = self.extents.from(next)?;
@@ -88,7 +94,7 @@ mod tests {
 
     fn parts(file: &File, size: u64) -> Vec<Part> {
         let mut plan = Plan::new(file, size);
-        std::iter::from_fn(|| plan.next().unwrap()).collect()
+        std::iter::from_fn(|| plan.next(4).unwrap()).collect()
     }
 
     /// A file with a block of data at each of these blocks.
@@ -131,7 +137,7 @@ mod tests {
                     match part {
                         Part::Zeros(n) => at += n * CHUNK,
                         Part::Piece(p) => {
-                            assert!(p.at == at && p.len > 0 && p.len <= PIECE);
+                            assert!(p.at == at && p.len > 0 && p.len <= 4 * CHUNK);
                             found.extend(p.runs.iter().cloned().flatten().map(|b| at / BLOCK + b));
                             at += p.len;
                         }

@@ -23,7 +23,7 @@ use crate::{
     block::{Block, Hasher, is_zeros},
     driver::{Step, in_order},
     io::{Extents, idle_io, read_all, size_of},
-    measure::{Batch, hash_all},
+    measure::{Batch, hash_all, leaves},
     tree::{Builder, file_digest, zero_block},
 };
 
@@ -294,7 +294,7 @@ impl Pass<'_> {
         for run in self.changed.within(first..first + new as u64) {
             let mut at = run.start - first;
             while at < run.end - first {
-                let read = batch.read(self.file, self.size, chunks.start * CHUNK, at..run.end - first)?;
+                let read = batch.read(self.file, self.size, chunks.start * CHUNK, at..run.end - first, 0)?;
                 at += read.blocks;
                 self.read.fetch_add(read.bytes, Ordering::Relaxed);
                 if batch.is_full() {
@@ -319,8 +319,4 @@ impl Pass<'_> {
             (tree, digests) => hash_all(self.hasher, tree, digests),
         }
     }
-}
-
-fn leaves(tree: &mut [Block]) -> &mut [Digest] {
-    tree.as_flattened_mut().as_chunks_mut::<32>().0
 }
