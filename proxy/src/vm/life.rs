@@ -34,6 +34,9 @@ const LOOKS: u32 = 64;
 /// How long it takes until one more of either is allowed.
 const REFILL: Duration = Duration::from_secs(5);
 
+/// QEMU's run state while the last of a VM's state goes elsewhere.
+const FINISHING: &str = "finish-migrate";
+
 /// Jobs of one QEMU that are told apart.
 const MAX_JOBS: usize = 64;
 
@@ -204,6 +207,8 @@ impl Session {
         self.life.loaded |= run_state == "restore-vm";
         let gone = run_state == "postmigrate" && self.life.out != Out::Done;
         let failed = run_state == "internal-error";
+        // Which of the two QEMU tells is a matter of microseconds; should the migration fail after all, it resumes.
+        let run_state = if run_state == FINISHING { "postmigrate".to_owned() } else { run_state };
         self.set_run_state(&run_state);
         self.life.run_state = Some(run_state.clone());
         self.log(VmPause { run_state });
@@ -280,7 +285,7 @@ impl Session {
             self.recheck = true;
         } else if now == "running" && logged != now {
             self.resumed();
-        } else if logged != now {
+        } else if logged != now && now != FINISHING {
             self.paused(now).await;
         }
     }

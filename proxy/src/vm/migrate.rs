@@ -83,15 +83,23 @@ impl Session {
         if self.facts.run_state != WAITING {
             // What QEMU told of the arrival came before it told its run state.
             self.forget_migration_events();
-            self.arrive().await;
+            self.arrive_in_order().await;
         }
     }
 
     /// Looks whether the state that was waited for is there, in case no event told.
     pub(super) async fn look_for_arrival(&mut self) {
         if run_state(&self.qmp).await.is_ok_and(|state| state != WAITING) {
-            self.arrive().await;
+            self.arrive_in_order().await;
         }
+    }
+
+    /// As [`Self::arrive`], after what QEMU told before it told its run state.
+    async fn arrive_in_order(&mut self) {
+        while let Some(event) = self.waiting_event() {
+            self.take_event(event).await;
+        }
+        self.arrive().await;
     }
 
     /// Logs that the state that was waited for is there, once.

@@ -37,7 +37,8 @@ impl Qmp {
     /// The monitor's own error, or a broken connection.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.reader.get_mut(), "{request}")?;
+        // In one write: QEMU takes a command at its last brace, and may be gone before the end of the line.
+        self.reader.get_mut().write_all(format!("{request}\n").as_bytes())?;
         loop {
             let mut answer = self.line()?;
             if let Some(error) = answer.get("error") {
