@@ -129,8 +129,11 @@ impl Walk<'_> {
         level: usize,
     ) -> Result<(), MeasureError> {
         let strange = |what: &str| MeasureError::of(slot, MeasureErrorKind::Unsupported(what.to_owned()));
-        if level > MAX_DEPTH || self.leaves.len() > MAX_LEAVES {
-            return Err(strange("its block graph is too deep or too wide"));
+        if level > MAX_DEPTH {
+            return Err(strange(&format!("its chain of images is deeper than {MAX_DEPTH} nodes, or goes in a circle")));
+        }
+        if self.leaves.len() > MAX_LEAVES {
+            return Err(strange(&format!("the VM has more than {MAX_LEAVES} files in its block graph")));
         }
         let graph = self.graph;
         let name = graph.graph.nodes.iter().find(|n| n.id == id).map(|n| n.name.as_str());

@@ -48,6 +48,9 @@ pub enum MeasureErrorKind {
     /// QEMU has another file mapped.
     #[error("is not the file that QEMU has mapped: the path was exchanged; start QEMU again")]
     NotMapped,
+    /// It cannot be told that the file is the one that QEMU has in this slot.
+    #[error("may not be the file that QEMU has there: {0}; start QEMU again")]
+    Exchanged(String),
     /// Who answers at the monitor is not, or does not speak for, the process that is measured.
     #[error("is answered by somebody else than the QEMU process: {0}")]
     Impostor(String),
@@ -70,9 +73,10 @@ impl MeasureError {
         match self.kind {
             MeasureErrorKind::LoadedDiffers(_) | MeasureErrorKind::NotMapped => RefuseCause::LoadedDiffers,
             MeasureErrorKind::Impostor(_) => RefuseCause::Impostor,
-            MeasureErrorKind::Changed | MeasureErrorKind::ChangedSinceStart | MeasureErrorKind::NotHeld => {
-                RefuseCause::Changed
-            }
+            MeasureErrorKind::Exchanged(_)
+            | MeasureErrorKind::Changed
+            | MeasureErrorKind::ChangedSinceStart
+            | MeasureErrorKind::NotHeld => RefuseCause::Changed,
             _ => RefuseCause::Unmeasurable,
         }
     }

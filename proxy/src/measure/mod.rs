@@ -13,8 +13,8 @@
 //! What QEMU loaded into the guest's memory, or has mapped, is then compared with the file: see `loaded`.
 //!
 //! # What this can't see
-//! QEMU does not tell which of its descriptors belongs to which block node. If two paths of one VM are exchanged with
-//! one another after QEMU opened both, each file is measured, but under the other's slot. A folder on a path that is
+//! QEMU does not tell which of its descriptors belongs to which block node: `slots` says how two paths of one VM that
+//! were exchanged with one another are found, and when not. A folder on a path that is
 //! exchanged as a whole between QEMU's reading and ours leaves the ctime of its files alone: that is seen where memory
 //! or a mapping shows what QEMU has, and not for a bzImage and for what is handed over through fw_cfg.
 //! Disks that are no block nodes (nvdimm, vhost-user-blk, virtiofs, 9p) are seen as devices and arguments only.
@@ -32,6 +32,7 @@ mod loaded;
 mod machine;
 pub(crate) mod process;
 mod roms;
+mod slots;
 mod vm;
 
 pub use args::{Arguments, Given, Lookup, NamedFile};

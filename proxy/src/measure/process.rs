@@ -166,6 +166,16 @@ impl Process {
         Ok(held)
     }
 
+    /// The mount over which it opened a file (`mnt_id` in `/proc/PID/fdinfo`).
+    ///
+    /// # Errors
+    /// When the process is gone or not ours to look at.
+    pub fn mount_of(&self, held: Held) -> io::Result<u64> {
+        let text = fs::read_to_string(self.path("fdinfo").join(held.fd.to_string()))?;
+        let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
+        id.ok_or_else(|| io::Error::other(format!("fdinfo of descriptor {} has no mnt_id", held.fd)))
+    }
+
     /// Whether it holds a socket open.
     ///
     /// # Errors

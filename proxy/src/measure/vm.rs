@@ -22,6 +22,7 @@ use super::{
     args::{absolute, in_data_dirs},
     file::{measure_open, measure_path, newest_link, open},
     loaded, roms,
+    slots::Placed,
 };
 use crate::qmp::Qmp;
 
@@ -29,7 +30,7 @@ use crate::qmp::Qmp;
 const MAX_TEXT: usize = 64 * 1024;
 
 /// How exactly a process' start is known.
-const START_SLACK: Duration = Duration::from_millis(50);
+pub(super) const START_SLACK: Duration = Duration::from_millis(50);
 
 /// The longest configuration file that is searched for the names of further files.
 const MAX_CONFIG: u64 = 1024 * 1024;
@@ -226,7 +227,7 @@ impl VmMeter<'_> {
         let held = self.process.held().map_err(|e| MeasureError::of("open files", e))?;
         let dir = self.working_dir()?;
         let mut done: HashMap<(u64, u64), MeasuredFile> = HashMap::new();
-        let (mut images, mut kept) = (Vec::new(), Vec::new());
+        let (mut images, mut kept, mut placed) = (Vec::new(), Vec::new(), Vec::new());
         for leaf in leaves {
             let (path, held) = self.find(leaf, &dir, &held).await?;
             let measured = match done.get(&held.id) {
@@ -249,9 +250,15 @@ impl VmMeter<'_> {
             if !leaf.read_only {
                 kept.push(Kept { image: image.clone(), file: Arc::clone(&measured.file) });
             }
+            // A file that was handed over as a descriptor has no name that could lead elsewhere.
+            if !self.hot && !leaf.name.contains("/dev/fdset/") {
+                let (leaf, file, digest) = (leaf.clone(), Arc::clone(&measured.file), measured.digest);
+                placed.push(Placed { leaf, path, held, file, digest });
+            }
             images.push(image);
             done.insert(held.id, measured);
         }
+        self.must_be_in_their_slots(&placed).await?;
         Ok((images, kept))
     }
 

@@ -143,3 +143,51 @@ async fn memory_of_a_running_vm_says_nothing() {
     let EventBody::VmAttach(attached) = attached else { unreachable!() };
     assert!(attached.components.iter().all(|c| c.memory.is_none()), "{attached:#?}");
 }
+
+/// Two disks of one VM, both opened by QEMU, and then exchanged with one another.
+#[tokio::test(flavor = "multi_thread")]
+async fn images_exchanged_with_one_another_are_found() {
+    let exchange = |world: &World, a: &str, b: &str| {
+        let (a, b, between) = (world.path(a), world.path(b), world.path("between"));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        fs::rename(&a, &between).unwrap();
+        fs::rename(&b, &a).unwrap();
+        fs::rename(&between, &b).unwrap();
+    };
+    let disk = |n: u32, path: &str| format!("file={path},format=raw,if=virtio,id=d{n}");
+    // Alike but for their content, in one folder and in two; and of other sizes.
+    for (one, other, content, moved) in [
+        ("a", "b", vec![2; 1 << 20], ("a", "b")),
+        ("x/d", "y/d", vec![2; 1 << 20], ("x", "y")),
+        ("a", "b", vec![2; 2 << 20], ("a", "b")),
+        // Without newer times of change: only QEMU's own word on sizes tells.
+        ("x/d", "y/d", vec![2; 2 << 20], ("x", "y")),
+    ] {
+        let world = World::new();
+        for folder in ["x", "y"] {
+            fs::create_dir(world.path(folder)).unwrap();
+        }
+        world.file(one, vec![1; 1 << 20]);
+        world.file(other, content);
+        let (d1, d2) = (disk(1, one), disk(2, other));
+        let args = ["-M", "q35", "-drive", &d1, "-drive", &d2];
+        let refusal = refused_after(&world, &args, || exchange(&world, moved.0, moved.1)).await;
+        assert_eq!(refusal.cause, RefuseCause::Changed, "{}", refusal.reason);
+        assert!(["d1", "d2"].contains(&refusal.item.as_str()), "{}", refusal.reason);
+        assert!(refusal.reason.contains("may not be the file"), "{}", refusal.reason);
+    }
+    // Nobody moved them; or they are the same, and it does not matter.
+    for (content, exchanged) in [(2, false), (1, true)] {
+        let world = World::new();
+        world.file("a", vec![1; 1 << 20]);
+        world.file("b", vec![content; 1 << 20]);
+        let (d1, d2) = (disk(1, "a"), disk(2, "b"));
+        let _qemu = world.qemu_elsewhere("late.qmp", &["-M", "q35", "-drive", &d1, "-drive", &d2]);
+        drop(world.monitor("late.qmp").await);
+        if exchanged {
+            exchange(&world, "a", "b");
+        }
+        fs::rename(world.path("late.qmp"), world.socket("late")).unwrap();
+        assert_eq!(world.log.wait(started).await.images.len(), 2);
+    }
+}
