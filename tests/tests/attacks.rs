@@ -272,6 +272,31 @@ fn a_disk_that_was_put_back_while_its_vm_was_off_is_found() {
 }
 
 #[test]
+fn a_vm_that_was_put_back_to_a_snapshot_is_found() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        let folder = world.folder().join("vm/vm");
+        fs::create_dir_all(&folder)?;
+        run("qemu-img", &folder, &["create", "-q", "-f", "qcow2", "state.qcow2", "64M"])?;
+        // Only an image that can hold states may be writable.
+        fs::write(folder.join("disk.img"), vec![0; 512])?;
+        let state = ["-drive", "file=state.qcow2,if=none,id=state", "-device", "virtio-blk-pci,drive=state"];
+        let read_only = ["-set", "drive.disk.readonly=on"];
+        let bare = trusted(world, &[&state[..], &read_only].concat())?;
+        let human = |command: &str| -> Result<()> {
+            let said = bare.monitor()?.execute("human-monitor-command", &json!({"command-line": command}))?;
+            ensure!(said == "", "{command}: {said}");
+            Ok(())
+        };
+        human("savevm before")?;
+        wait_finding(world, "config-change", "snapshot-save")?;
+        human("loadvm before")?;
+        wait_finding(world, "snapshot-load", "before")?;
+        Ok(())
+    });
+}
+
+#[test]
 fn a_vm_without_a_monitor_is_found() {
     World::test(|world| {
         world.start_enrolled()?;
@@ -369,6 +394,13 @@ fn a_second_monitor_and_a_debugger_are_found() {
         let verdict = wait_finding(world, "second-monitor", "own.qmp")?;
         ensure!(verdict.vm("vm").has("second-monitor", "debugger"), "{verdict}");
         drop(bare);
+        world.wait_gone("vm")?;
+        // One that is opened when everything is measured.
+        let bare = world.start_bare("vm", &[])?;
+        wait_stage(world, "vm", "watched")?;
+        let open = json!({"command-line": "gdbserver unix:late.sock,server=on,wait=off"});
+        bare.monitor()?.execute("human-monitor-command", &open)?;
+        wait_finding(world, "second-monitor", "gdb:")?;
         Ok(())
     });
 }

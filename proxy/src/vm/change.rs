@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use onequote_evidence::event::{ConfigChange, Image};
 
-use super::facts::Facts;
+use super::{commanders::is_commander, facts::Facts};
 use crate::measure::{Content, Leaf, Snapshot, drive_of};
 
 /// What changed where it could not be measured.
@@ -21,6 +21,9 @@ pub(super) const CHAIN: &str = "chain";
 
 /// A snapshot inside an image, of the disk alone, was made; or any snapshot was deleted.
 pub(super) const SNAPSHOT: &str = "snapshot";
+
+/// Another way to command QEMU came or went.
+const MONITOR: &str = "monitor";
 
 /// The longest text about one change.
 const MAX_WORDS: usize = 4096;
@@ -42,8 +45,10 @@ pub(super) fn outline(before: &Facts, now: &Facts) -> Vec<ConfigChange> {
         ("device", &before.devices, &now.devices),
         ("block-export", &before.exports, &now.exports),
     ] {
-        before.iter().filter(|d| !now.contains(d)).for_each(|gone| add(what, gone, ""));
-        now.iter().filter(|d| !before.contains(d)).for_each(|new| add(what, "", new));
+        // A debugger that is opened while the VM runs is a character device first.
+        let word = |d: &str| if what == "chardev" && is_commander(d) { MONITOR } else { what };
+        before.iter().filter(|d| !now.contains(d)).for_each(|gone| add(word(gone), gone, ""));
+        now.iter().filter(|d| !before.contains(d)).for_each(|new| add(word(new), "", new));
     }
     for (what, (before, now)) in Facts::loaded_words().into_iter().zip(before.loaded.iter().zip(&now.loaded)) {
         add(what, before, now);

@@ -38,6 +38,12 @@ pub(super) async fn ask(qmp: &Qmp, given: &Arguments, own: &Path, dir: &Path) ->
     Ok(words.into_iter().take(MAX_COUNT).collect())
 }
 
+/// Whether a character device in the words of [`super::facts::Facts`] (`label:type`) commands QEMU.
+pub(super) fn is_commander(chardev: &str) -> bool {
+    let label = chardev.split(':').next().unwrap_or_default();
+    kind(label).is_some()
+}
+
 /// What a label says of itself.
 fn kind(label: &str) -> Option<&'static str> {
     match label {
@@ -121,6 +127,18 @@ mod tests {
         // A console alone is none.
         assert_eq!(words(&["qemu"], &[("serial0", "mux"), ("m", "x")]), [""; 0]);
         assert_eq!(words(&["qemu", "-nographic"], &[("serial0", "mux")]), ["monitor on a console serial0: mux"]);
+    }
+
+    #[test]
+    fn labels_of_commanders() {
+        for (chardev, is) in [
+            ("gdb:chardev-socket", true),
+            ("compat_monitor3:chardev-vc", true),
+            ("gdbx:chardev-file", false),
+            ("", false),
+        ] {
+            assert_eq!(is_commander(chardev), is, "{chardev}");
+        }
     }
 
     #[test]
