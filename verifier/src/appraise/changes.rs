@@ -86,7 +86,11 @@ impl Change<'_> {
         // What was not measured is not known to be allowed.
         if word != UNMEASURED && self.rule.is_some_and(|rule| rule.changes.allow(word)) {
             self.note(&format!("{item} changed: {before} → {after}"));
-            self.session.findings.extend(images::changed(self.tree, images, self.rule, self.by));
+            if after.is_empty() {
+                images::gone(self.tree, images, self.by);
+            } else {
+                self.session.findings.extend(images::changed(self.tree, images, self.rule, self.by));
+            }
             return;
         }
         images::forget(self.tree, images, "it was changed while the VM ran", self.by);

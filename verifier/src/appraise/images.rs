@@ -82,6 +82,19 @@ pub(super) fn changed(vm: &mut VmExpectation, images: &[Image], rule: Option<&Vm
     findings
 }
 
+/// Notes how images were left that a running VM no longer has: so they are expected when it has them again.
+pub(super) fn gone(vm: &mut VmExpectation, images: &[Image], by: &Place) {
+    for image in images {
+        let Some(expectation) = vm.images.get_mut(&image.slot) else { continue };
+        expectation.remember(image.digest, by);
+        expectation.now = match &mut expectation.now {
+            ImageStatus::InUse { broken: Some(still), .. } => (**still).clone(),
+            ImageStatus::InUse { broken: None, .. } => ImageStatus::Left { digest: image.digest, by: Some(by.clone()) },
+            known => known.clone(),
+        };
+    }
+}
+
 /// Notes that nobody knows any more what these images should be, and how they were last seen.
 pub(super) fn forget(vm: &mut VmExpectation, images: &[Image], why: &str, by: &Place) {
     for image in images {

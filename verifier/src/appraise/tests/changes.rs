@@ -228,3 +228,25 @@ fn a_fault_that_has_passed_is_over_when_the_vm_was_measured() {
         assert!(codes.contains(&Code::AttachedWhileRunning), "{cause}: {codes:?}");
     }
 }
+
+#[test]
+fn an_image_that_went_is_expected_as_it_was_left() {
+    let went = || ConfigChange {
+        what: "image".into(),
+        before: "disk0: /vm/disk0.img (raw, writable)".into(),
+        after: String::new(),
+        images: vec![image("disk0", 40, false)],
+    };
+    for (policy, disk, codes) in [
+        (with("changes = [\"image\"]"), 40, vec![]),
+        (with("changes = [\"image\"]"), 66, vec![Code::ImageDiscontinuity]),
+        (Some(POLICY.to_owned()), 40, vec![Code::ImageUnwatched]),
+    ] {
+        let mut world = web();
+        world.policy = policy;
+        world.log(12, Some(vm_ref(1, 1)), went());
+        stop(&mut world, 1, 66);
+        start(&mut world, 2, disk);
+        assert_eq!(vm_codes(&world.round(), "web"), codes);
+    }
+}
