@@ -154,7 +154,7 @@ impl World {
         let mut qemu = End::new(theirs);
         let version = json!({"qemu": {"micro": 3, "minor": 2, "major": 99}, "package": "Lab 99.2"});
         qemu.say(json!({"QMP": {"version": version, "capabilities": ["oob", "x-from-the-future"]}})).await;
-        let limits = qmp::Limits::default();
+        let limits = qmp::Limits { oob: true, ..qmp::Limits::default() };
         let negotiate = async {
             let command = qemu.expect("qmp_capabilities").await;
             assert_eq!(command["arguments"], json!({"enable": ["oob"]}));

@@ -193,7 +193,7 @@ impl Qmp {
     /// Whether commands can overtake others here.
     #[must_use]
     pub fn has_oob(&self) -> bool {
-        self.greeting.capabilities.iter().any(|c| c == OOB)
+        self.limits.oob && self.greeting.capabilities.iter().any(|c| c == OOB)
     }
 
     /// Has every event from now on told to `tap`, beside [`Events`]. Only the first one counts.

@@ -49,10 +49,19 @@ pub struct Limits {
     pub greeting: Duration,
     /// How long an answer may take.
     pub reply: Duration,
+    /// Whether commands are to be able to overtake others, where QEMU offers that. QEMU then reads on while a command
+    /// runs, which nobody but tools behind the intercept mode needs.
+    pub oob: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { line: 16 * 1024 * 1024, events: 4096, greeting: Duration::from_secs(5), reply: Duration::from_secs(30) }
+        Self {
+            line: 16 * 1024 * 1024,
+            events: 4096,
+            greeting: Duration::from_secs(5),
+            reply: Duration::from_secs(30),
+            oob: false,
+        }
     }
 }

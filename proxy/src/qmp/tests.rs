@@ -44,7 +44,7 @@ impl Peer {
 }
 
 fn limits() -> Limits {
-    Limits { line: 4096, events: 4, greeting: Duration::from_millis(200), reply: Duration::from_millis(300) }
+    Limits { line: 4096, events: 4, greeting: Duration::from_millis(200), reply: Duration::from_millis(300), oob: true }
 }
 
 async fn open() -> (Peer, Qmp, Events) {

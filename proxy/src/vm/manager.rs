@@ -104,6 +104,12 @@ pub(super) struct Env {
 }
 
 impl Env {
+    /// What the connection to a VM's monitor may use.
+    pub(super) fn limits(&self, name: &str) -> qmp::Limits {
+        let oob = self.config.intercept.as_ref().is_some_and(|settings| settings.intercepts(name));
+        qmp::Limits { oob, ..self.config.limits.clone() }
+    }
+
     /// What the log said about a session before the proxy started, once.
     pub(super) fn take_known(&self, session: SessionId) -> Option<OpenSession> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&session)
@@ -340,7 +346,7 @@ async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<(
         return trouble(format!("the configuration says that {name} has the monitor {}", named.display()));
     }
     while socket_id(&path) == Some(id) {
-        match Qmp::connect(&path, &env.config.limits).await {
+        match Qmp::connect(&path, &env.limits(&name)).await {
             Ok(monitor) => match Session::meet(Arc::clone(&env), name.clone(), path.clone(), monitor).await {
                 Ok(mut session) => {
                     env.registry.trouble(&path, None);

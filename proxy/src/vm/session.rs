@@ -211,7 +211,7 @@ impl Session {
                 _ = tick.tick() => {}
             }
             self.flush().await;
-            let Ok((qmp, events)) = Qmp::connect(&self.socket, &self.env.config.limits).await else { continue };
+            let Ok((qmp, events)) = Qmp::connect(&self.socket, &self.env.limits(&self.name)).await else { continue };
             if qmp.peer_pid() != Some(self.process.pid()) {
                 continue;
             }
