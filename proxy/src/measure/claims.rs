@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use super::{Arguments, Machine, MeasureError, MeasureErrorKind, VmMeter};
 
 impl VmMeter<'_> {
-    /// Checks both.
+    /// Checks both, and gives what QEMU said of its machine.
     ///
     /// # Errors
     /// What does not fit.
-    pub(super) async fn must_be_who_it_seems(&self, given: &Arguments) -> Result<(), MeasureError> {
+    pub(super) async fn must_be_who_it_seems(&self, given: &Arguments) -> Result<Machine, MeasureError> {
         let impostor = |what: String| MeasureError::of("monitor", MeasureErrorKind::Impostor(what));
         // Where the kernel does not tell, the log says so among the VM's other monitors.
         if let Ok(socket) = self.qmp.peer_socket()
@@ -28,13 +28,13 @@ impl VmMeter<'_> {
         let name = self.qmp.call::<Value>("query-name", json!({}));
         let (machine, uuid, name) = tokio::try_join!(Machine::ask(self.qmp), uuid, name).map_err(ask)?;
         let answers = Answers {
-            kernel: machine.kernel,
-            initrd: machine.initrd,
-            append: machine.append,
+            kernel: machine.kernel.clone(),
+            initrd: machine.initrd.clone(),
+            append: machine.append.clone(),
             uuid: uuid.UUID,
             name: name["name"].as_str().unwrap_or_default().to_owned(),
         };
-        answers.contradiction(given).map_or(Ok(()), |what| Err(impostor(what)))
+        answers.contradiction(given).map_or(Ok(machine), |what| Err(impostor(what)))
     }
 }
 

@@ -111,12 +111,17 @@ impl VmMeter<'_> {
 
     async fn components(&self) -> Result<Vec<Component>, MeasureError> {
         let given = self.given().await?;
-        self.must_be_who_it_seems(&given).await?;
-        let mut components = self.program_and_arguments(&given).await?;
-        components.extend(self.loaded(&given).await?);
-        let roms = self.option_roms(&given, &components).await?;
-        components.extend(roms);
-        Ok(components)
+        // QEMU's program is long to read, and its monitor long to answer: neither waits for the other.
+        let parts = async {
+            let machine = self.must_be_who_it_seems(&given).await?;
+            let mut parts = self.arguments(&given).await?;
+            parts.extend(self.loaded(&given, machine).await?);
+            let roms = self.option_roms(&given, &parts).await?;
+            parts.extend(roms);
+            Ok(parts)
+        };
+        let (program, parts) = tokio::try_join!(self.program_part(), parts)?;
+        Ok(std::iter::once(program).chain(parts).collect())
     }
 
     async fn with_images(&self, components: Vec<Component>) -> Result<Measurement, MeasureError> {
@@ -139,20 +144,23 @@ impl VmMeter<'_> {
         Ok(given)
     }
 
-    /// QEMU's program, its arguments and the files that they name.
-    async fn program_and_arguments(&self, given: &Arguments) -> Result<Vec<Component>, MeasureError> {
+    /// QEMU's program.
+    async fn program_part(&self) -> Result<Component, MeasureError> {
         let role = Role::QemuBinary;
         let program = self.program()?;
         let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), &program, kind);
         let file = self.process.open_program().map_err(|e| fail(e.into()))?;
         let measured = measure_open(self.digester, file, FileDigestAlg::Sha256, false, None).await.map_err(fail)?;
-        let mut components = vec![file_component(role, &program, &measured)];
+        Ok(file_component(role, &program, &measured))
+    }
 
+    /// QEMU's arguments and the files that they name.
+    async fn arguments(&self, given: &Arguments) -> Result<Vec<Component>, MeasureError> {
         let role = Role::Arguments.word();
         let args = self.process.arguments().map_err(|e| MeasureError::of(role, e))?;
-        components.push(arguments_component(&args));
+        let mut components = vec![arguments_component(&args)];
 
-        let dir = self.working_dir()?;
+        let (dir, program) = (self.working_dir()?, self.program()?);
         let mut seen = Vec::new();
         for named in &given.files {
             let role = Role::ArgumentFile;

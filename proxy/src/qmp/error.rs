@@ -58,6 +58,12 @@ impl QmpError {
         matches!(self, Self::Refused { class, .. } if class == "CommandNotFound")
     }
 
+    /// Whether what the command was about is not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { class, .. } if class == "DeviceNotFound")
+    }
+
     /// Whether nobody listens at the socket (any more).
     #[must_use]
     pub fn is_not_listening(&self) -> bool {

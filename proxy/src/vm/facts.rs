@@ -113,7 +113,11 @@ impl Facts {
 
     /// Asks again for what can change; and for the block graph, which belongs to the same look.
     pub(super) async fn again(&self, qmp: &Qmp) -> Result<(Self, BlockGraph), QmpError> {
-        let list = |path: &'static str| qmp.execute(qmp::qom_list { path: path.to_owned() });
+        let list = async |path: &'static str| match qmp.execute(qmp::qom_list { path: path.to_owned() }).await {
+            // A folder of QEMU's object tree comes with the first object in it.
+            Err(e) if e.is_not_found() => Ok(Vec::new()),
+            other => other,
+        };
         let loaded = |n: usize| text(qmp, LOADED[n].1);
         let exports = async { optional(qmp.call::<Vec<Export>>("query-block-exports", json!({})).await) };
         let (run_state, memory, cpus, graph, drives, exports, netdevs, devices, anonymous, objects, chardevs, loaded) =

@@ -51,9 +51,8 @@ pub(super) enum Place {
 }
 
 impl VmMeter<'_> {
-    /// What QEMU's machine loads: kernel, initrd, command line, firmware.
-    pub(super) async fn loaded(&self, given: &Arguments) -> Result<Vec<Component>, MeasureError> {
-        let machine = Machine::ask(self.qmp).await.map_err(|e| MeasureError::of("machine", e))?;
+    /// What QEMU's machine loads, as it says itself: kernel, initrd, command line, firmware.
+    pub(super) async fn loaded(&self, given: &Arguments, machine: Machine) -> Result<Vec<Component>, MeasureError> {
         let dir = self.working_dir()?;
         let x86 = self.is_x86().await?;
         let mut components = Vec::new();
