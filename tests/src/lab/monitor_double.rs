@@ -1,8 +1,8 @@
 //! Processes that answer at a monitor as a QEMU did: where a thousand VMs are wanted and there is memory for twenty.
 //!
 //! A real QEMU that waits under `-S` is met by a proxy once and writes down, by its own tracing, what it was asked and what it
-//! answered ([`Recording`]). A double gives the same answers, byte for byte but for its own UUID, its run state and the
-//! command's id. It is a process of its own with QEMU's arguments; what it was never asked while it was recorded is an error,
+//! answered ([`Recording`]). A double gives the same answers, byte for byte but for its own name and UUID, its run state and
+//! the command's id. It is a process of its own with QEMU's arguments; what it was never asked while it was recorded is an error,
 //! which its log names.
 
 use std::collections::BTreeMap;
@@ -94,10 +94,10 @@ pub fn serve_if_double() -> Result<bool> {
         let at = arguments.iter().position(|a| a == option).with_context(|| format!("a double without {option}"))?;
         arguments.get(at + 1).and_then(|a| a.to_str()).with_context(|| format!("{option} without a value"))
     };
-    let (uuid, monitor) = (after("-uuid")?, after("-qmp")?);
+    let (name, uuid, monitor) = (after("-name")?, after("-uuid")?, after("-qmp")?);
     let socket = monitor.strip_prefix("unix:").and_then(|m| m.split(',').next()).context("-qmp unix:PATH,…")?;
     let listener = UnixListener::bind(socket)?;
-    let mut double = Double { recording, uuid: uuid.to_owned(), running: false };
+    let mut double = Double { recording, name: name.to_owned(), uuid: uuid.to_owned(), running: false };
     loop {
         let (client, _) = listener.accept()?;
         if !double.serve(client)? {
@@ -108,6 +108,7 @@ pub fn serve_if_double() -> Result<bool> {
 
 struct Double {
     recording: Recording,
+    name: String,
     uuid: String,
     running: bool,
 }
@@ -145,6 +146,7 @@ impl Double {
                 let status = if self.running { "running" } else { "prelaunch" };
                 json!({"return": {"status": status, "singlestep": false, "running": self.running}})
             }
+            Some("query-name") => json!({"return": {"name": self.name}}),
             Some("query-uuid") => json!({"return": {"UUID": self.uuid}}),
             Some("quit") => json!({"return": {}}),
             _ => match self.recording.answers.get(&question(request)) {
@@ -162,7 +164,7 @@ mod tests {
 
     const TRACE: &str = "\
 1@2.3:monitor_qmp_respond mon 0xa resp: {\"QMP\": {\"version\": {}, \"capabilities\": []}}\n\
-1@2.3:handle_qmp_command mon 0xa req: {\"execute\": \"query-name\", \"id\": 7}\n\
+1@2.3:handle_qmp_command mon 0xa req: {\"execute\": \"query-block\", \"id\": 7}\n\
 1@2.3:handle_qmp_command mon 0xb req: {\"execute\": \"query-kvm\", \"arguments\": {}, \"id\": 7}\n\
 1@2.3:runstate_set current_run_state 6 (prelaunch) new_state 9 (running)\n\
 1@2.3:monitor_qmp_respond mon 0xb resp: {\"return\": {\"enabled\": false}, \"id\": 7}\n\
@@ -171,14 +173,15 @@ mod tests {
     #[test]
     fn answers_are_those_that_were_given_to_the_same_question() {
         let recording = Recording::read(TRACE).unwrap();
-        let mut double = Double { recording, uuid: "u".into(), running: false };
+        let mut double = Double { recording, name: "n".into(), uuid: "u".into(), running: false };
         let mut answer = |command: &str| {
             let mut events = String::new();
             let request = json!({"execute": command, "arguments": {}, "id": 1});
             double.answer(&request, &mut events).map(|answer| (answer, events))
         };
         assert_eq!(answer("query-kvm").unwrap().0, json!({"return": {"enabled": false}}));
-        assert_eq!(answer("query-name").unwrap().0, json!({"error": {"class": "GenericError"}}));
+        assert_eq!(answer("query-block").unwrap().0, json!({"error": {"class": "GenericError"}}));
+        assert_eq!(answer("query-name").unwrap().0, json!({"return": {"name": "n"}}));
         assert_eq!(answer("query-status").unwrap().0["return"]["status"], "prelaunch");
         assert!(answer("cont").unwrap().1.contains("RESUME"));
         assert_eq!(answer("query-status").unwrap().0["return"]["status"], "running");

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use onequote_tests::lab::monitor_double::{Recording, TRACE};
 use onequote_tests::lab::{Bare, Options, Process, Qmp, TpmCommand, TpmRelay, World, wait};
 use serde_json::json;
@@ -114,6 +114,9 @@ pub(crate) fn many(numbers: &mut Numbers) -> Result<()> {
     let running = world.wait_until("all VMs to run", LIMIT * 5, |world| {
         let status = world.proxy_status()?;
         let vms = status["vms"].as_array().map_or(&[][..], Vec::as_slice);
+        if let Some(refused) = vms.iter().find(|vm| vm["stage"] == "refused") {
+            bail!("{} was refused: {}", refused["name"], refused["error"]);
+        }
         let running = vms.iter().filter(|vm| vm["run_state"] == "running" && vm["stage"] == "watched").count();
         Ok((running >= all).then_some(running))
     })?;
