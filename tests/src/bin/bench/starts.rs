@@ -30,8 +30,8 @@ const REAL: usize = 20;
 /// What an extend takes in a discrete TPM.
 const EXTEND: Duration = Duration::from_millis(10);
 
-/// Far below a thousand: a twentieth.
-const EXTENDS: f64 = 50.0;
+/// Far below a thousand: a tenth.
+const EXTENDS: f64 = 100.0;
 
 pub(crate) fn gate(numbers: &mut Numbers) -> Result<()> {
     let mut world = World::with(Options { no_count: true, ..Options::default() })?;
