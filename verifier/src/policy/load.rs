@@ -2,11 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer};
-
 use onequote_evidence::pcr::PCR_COUNT;
 
-use super::{AllowList, Allowed, Pcr, Policy, Reference};
+use super::{AllowList, Policy};
 
 /// The longest policy or allow-list file in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
@@ -145,37 +143,4 @@ fn read(path: &Path) -> Result<String, PolicyError> {
 
 fn located(path: &Path, e: &toml::de::Error) -> PolicyError {
     PolicyError::Toml { path: path.to_owned(), message: e.to_string().trim_end().to_owned() }
-}
-
-impl TryFrom<String> for Pcr {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let pcr = text.parse().ok().filter(|&pcr: &u8| pcr < PCR_COUNT);
-        pcr.map(Self).ok_or_else(|| format!("{text:?} is not a register: give a number from 0 to 23 in quotes"))
-    }
-}
-
-impl<'de> Deserialize<'de> for Allowed {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "a list of digests, or \"any\"")]
-        enum Form {
-            Word(String),
-            List(Vec<String>),
-        }
-        match Form::deserialize(d)? {
-            Form::Word(word) if word == "any" => Ok(Self::Any),
-            Form::Word(word) => Err(serde::de::Error::custom(format_args!("{word:?}: give a list, or \"any\""))),
-            Form::List(list) => {
-                for text in &list {
-                    let digest_like = text.starts_with("sha256:") || text.starts_with("fs-verity:");
-                    if digest_like && text.parse::<onequote_evidence::digest::FileDigest>().is_err() {
-                        return Err(serde::de::Error::custom(format_args!("{text:?} is not a whole digest")));
-                    }
-                }
-                Ok(Self::Digests(list.iter().map(|text| Reference::parse(text)).collect()))
-            }
-        }
-    }
 }

@@ -1,5 +1,11 @@
 //! Strictness, and what rules mean.
 
+use onequote_evidence::{
+    digest::{FileDigest, sha256},
+    event::{GapReason, Role},
+    id::Sha256,
+};
+
 use super::*;
 
 const D1: &str = "sha256:1111111111111111111111111111111111111111111111111111111111111111";

@@ -1,0 +1,71 @@
+//! The rule for the host itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Deserialize;
+
+use onequote_evidence::{
+    event::GapReason,
+    id::Sha256,
+    pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM},
+};
+
+use super::{AllowList, Consent, OneOrMore, Pattern, Pcr};
+
+/// What is demanded of the host.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostRule {
+    /// Allowed SHA-256 values by register.
+    #[serde(default)]
+    pub registers: BTreeMap<Pcr, OneOrMore<Sha256>>,
+    /// What the log's registers may hold before the log begins, where it is not zeros.
+    #[serde(default)]
+    pub history: BTreeMap<Pcr, OneOrMore<Sha256>>,
+    /// Whether a software TPM may be used; none leaves it to the enrolment.
+    pub software_tpm: Option<bool>,
+    /// The register for VM life cycle.
+    #[serde(default = "default_pcr_vm")]
+    pub pcr_vm: u8,
+    /// The register for guest run time.
+    #[serde(default = "default_pcr_guest")]
+    pub pcr_guest: u8,
+    /// Reasons of log gaps that are harmless here.
+    #[serde(default)]
+    pub accept_gaps: BTreeSet<GapReason>,
+    /// Whether QEMU processes that the proxy does not manage may run.
+    #[serde(default)]
+    pub unmanaged: Consent,
+    /// Files that the host's IMA list may hold; with it the list is demanded.
+    pub ima: Option<AllowList>,
+    /// The same, in a file of its own, relative to the policy's.
+    pub ima_file: Option<String>,
+    /// Path patterns that are not judged.
+    #[serde(default)]
+    pub ima_ignore: Vec<Pattern>,
+}
+
+impl Default for HostRule {
+    fn default() -> Self {
+        Self {
+            registers: BTreeMap::new(),
+            history: BTreeMap::new(),
+            software_tpm: None,
+            pcr_vm: DEFAULT_PCR_VM,
+            pcr_guest: DEFAULT_PCR_GUEST,
+            accept_gaps: BTreeSet::new(),
+            unmanaged: Consent::Refused,
+            ima: None,
+            ima_file: None,
+            ima_ignore: Vec::new(),
+        }
+    }
+}
+
+fn default_pcr_vm() -> u8 {
+    DEFAULT_PCR_VM
+}
+
+fn default_pcr_guest() -> u8 {
+    DEFAULT_PCR_GUEST
+}
