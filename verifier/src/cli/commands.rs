@@ -11,14 +11,14 @@ use std::{
 use onequote_evidence::{id::HostId, stream::Head, tpm::Public};
 use tokio::net::TcpListener;
 
-use super::{Cli, Command, Enrol, PolicyCommand, Verify, export, table};
+use super::{Cli, Command, Enrol, Verify, export, policy, table};
 use crate::{
     api::Server,
-    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
+    appraise::{Context, Received, appraise, freshness::Freshness, state::HostState},
     enrol::{self, EnrolError, Identity},
     expectation::{self, HostTree, VmTree},
-    finding::{Class, Code, Finding},
-    policy::{Policy, PolicyError, learn},
+    finding::Code,
+    policy::{Policy, PolicyError},
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
     source::{Source, System},
@@ -103,7 +103,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
             return Ok(exit_code(&round.verdict));
         }
         Command::Verify(args) => return verify(&state, args).await,
-        Command::Policy(command) => policy(&state, command).await?,
+        Command::Policy(command) => policy::run(&state, command).await?,
         Command::Serve { listen, period, lifetime } => {
             let period = Duration::from_secs(period);
             let times = Times { verdict: lifetime.map_or(period * 3, Duration::from_secs), ..Times::default() };
@@ -284,85 +284,7 @@ fn export_quote(folder: &Path, head: &Head, key: &[u8]) -> Result<String, CliErr
     Ok(export::words(folder, &qualifying.to_string()))
 }
 
-async fn policy(state: &Path, command: PolicyCommand) -> Result<(), CliError> {
-    match command {
-        PolicyCommand::Learn { host, evidence, ak, output } => {
-            let facts = match (host, evidence, ak) {
-                (Some(host), None, _) => {
-                    let round = verifier(state, Times::default()).await?.attest_for_facts(&host).await?;
-                    round.facts.ok_or_else(|| not_whole(&round.verdict))?
-                }
-                (Some(host), Some(file), _) => {
-                    let host = open(state).await?.host(&host).await?;
-                    let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
-                    let ak = Public::parse(&host.enrolment.ak).map_err(key)?;
-                    let policy = host.policy.map(|(_, text)| Policy::parse(&text, "policy in force")).transpose()?;
-                    learn_offline(&file, &ak, policy.as_ref())?
-                }
-                (None, Some(file), Some(ak)) => learn_offline(&file, &enrol::read_ak(&ak)?.1, None)?,
-                _ => return Err(CliError::Usage("give a host, or --evidence with --ak".into())),
-            };
-            let text = learn::propose(&facts);
-            match output {
-                Some(path) => write(&path, text.as_bytes()),
-                None => say(&text),
-            }
-        }
-        PolicyCommand::Set { host, file } => {
-            let (_, text) = Policy::load(&file)?;
-            let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
-            say(&format!("policy version {version} is in force for {host}\n"))
-        }
-        PolicyCommand::Show { host } => match open(state).await?.host(&host).await?.policy {
-            Some((_, text)) => say(&text),
-            None => Err(CliError::Usage(format!("no policy is in force for {host}"))),
-        },
-        PolicyCommand::Check { file } => {
-            let (policy, _) = Policy::load(&file)?;
-            let files = |list: Option<&crate::policy::AllowList>| list.map_or(0, crate::policy::AllowList::len);
-            let all: usize = policy.vms.iter().map(|vm| files(vm.ima.as_ref())).sum();
-            let (registers, rules) = (policy.host.registers.len(), policy.vms.len());
-            let all = all + files(policy.host.ima.as_ref());
-            say(&format!("{}: {registers} registers, {rules} VM rules, {all} files\n", file.display()))
-        }
-        PolicyCommand::AcceptImage { host, vm, slot, digest } => {
-            let store = open(state).await?;
-            let kept = store.host(&host).await?;
-            let mut state = kept.state;
-            state.accept_image(vm, &slot, digest);
-            if !store.commit(&host, kept.version, Some(&state), None).await? {
-                return Err(Fault::Busy(host).into());
-            }
-            Ok(())
-        }
-    }
-}
-
-fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Facts, CliError> {
-    let received = Received::read(&read_evidence(file)?);
-    let received = received.map_err(|finding| CliError::NotWhole(table::finding(&finding)))?;
-    let context = Context {
-        host: None,
-        ak,
-        software_tpm: false,
-        freshness: &Freshness::Offline { nonce: None },
-        state: &HostState::default(),
-        policy: policy.map(|policy| (policy, 0)),
-        now: System.now(),
-        lifetime: 0,
-        facts: true,
-    };
-    let Appraisal { verdict, facts, .. } = appraise(&received, &context);
-    facts.ok_or_else(|| not_whole(&verdict))
-}
-
-fn not_whole(verdict: &Verdict) -> CliError {
-    let of = |f: &&Finding| matches!(f.code.class(), Class::Evidence | Class::Absence);
-    let findings: Vec<String> = verdict.host.findings.iter().filter(of).map(table::finding).collect();
-    CliError::NotWhole(findings.join("\n"))
-}
-
-async fn open(state: &Path) -> Result<Sqlite, CliError> {
+pub(super) async fn open(state: &Path) -> Result<Sqlite, CliError> {
     if !state.join(enrol::IDENTITY_FILE).exists() {
         let path = state.join(enrol::IDENTITY_FILE);
         return Err(EnrolError::NoIdentity { path, state: state.to_owned() }.into());
@@ -370,7 +292,7 @@ async fn open(state: &Path) -> Result<Sqlite, CliError> {
     Ok(Sqlite::open(&state.join(DATABASE)).await?)
 }
 
-async fn verifier(state: &Path, times: Times) -> Result<Verifier<Sqlite>, CliError> {
+pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Sqlite>, CliError> {
     let identity = Identity::load(state)?;
     Ok(Verifier { store: open(state).await?, identity, source: Arc::new(System), times })
 }
@@ -392,7 +314,7 @@ fn show(verdict: &Verdict, json: bool) -> Result<(), CliError> {
     say(&table::verdict(verdict))
 }
 
-fn say(text: &str) -> Result<(), CliError> {
+pub(super) fn say(text: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // Whoever read has read enough.
@@ -401,7 +323,7 @@ fn say(text: &str) -> Result<(), CliError> {
     }
 }
 
-fn read_evidence(path: &Path) -> Result<Vec<u8>, CliError> {
+pub(super) fn read_evidence(path: &Path) -> Result<Vec<u8>, CliError> {
     let fail = |source| CliError::File { doing: "cannot read", path: path.to_owned(), source };
     if std::fs::metadata(path).map_err(fail)?.len() > MAX_EVIDENCE {
         return Err(fail(std::io::Error::other(format!("larger than {MAX_EVIDENCE} bytes"))));
@@ -409,7 +331,7 @@ fn read_evidence(path: &Path) -> Result<Vec<u8>, CliError> {
     std::fs::read(path).map_err(fail)
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
     std::fs::write(path, bytes).map_err(|source| CliError::File {
         doing: "cannot write",
         path: path.to_owned(),

@@ -5,18 +5,17 @@
 
 mod commands;
 mod export;
+mod policy;
 mod table;
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
-use onequote_evidence::{
-    digest::FileDigest,
-    id::{HostId, Nonce, VmId},
-};
+use onequote_evidence::id::{HostId, Nonce};
 
 pub use commands::{CliError, run};
+pub use policy::PolicyCommand;
 
 /// Appraises hosts and their VMs by one TPM quote.
 #[derive(Debug, Parser)]
@@ -143,51 +142,4 @@ pub struct Verify {
     /// Print the verdict as JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// What to do with policies.
-#[derive(Debug, Subcommand)]
-pub enum PolicyCommand {
-    /// Propose a policy from what a host measures now, or from saved evidence
-    Learn {
-        /// An enrolled host: it is asked, unless evidence is given
-        host: Option<HostId>,
-        /// Saved evidence
-        #[arg(long, value_name = "FILE")]
-        evidence: Option<PathBuf>,
-        /// The attestation key that signed it, if the host is not enrolled
-        #[arg(long, value_name = "FILE", requires = "evidence", conflicts_with = "host")]
-        ak: Option<PathBuf>,
-        /// Where to write; standard output unless given
-        #[arg(short, long, value_name = "FILE")]
-        output: Option<PathBuf>,
-    },
-    /// Put a policy in force for a host
-    Set {
-        /// The host
-        host: HostId,
-        /// The policy
-        file: PathBuf,
-    },
-    /// Print the policy in force for a host
-    Show {
-        /// The host
-        host: HostId,
-    },
-    /// Check a policy file without putting it in force
-    Check {
-        /// The policy
-        file: PathBuf,
-    },
-    /// Accept that a disk image has this digest at the next start at which it is found, though its past is broken
-    AcceptImage {
-        /// The host
-        host: HostId,
-        /// The VM's UUID
-        vm: VmId,
-        /// The image's slot, as the finding names it
-        slot: String,
-        /// The digest, as the finding names it
-        digest: FileDigest,
-    },
 }

@@ -1,0 +1,152 @@
+//! Commands about policies.
+
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+
+use onequote_evidence::{
+    digest::FileDigest,
+    id::{HostId, VmId},
+    tpm::Public,
+};
+
+use super::{
+    commands::{CliError, open, read_evidence, say, verifier, write},
+    table,
+};
+use crate::{
+    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
+    enrol,
+    finding::{Class, Finding},
+    policy::{Policy, learn},
+    result::Verdict,
+    round::{Fault, Times},
+    source::{Source, System},
+    store::Store,
+};
+
+/// What to do with policies.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Propose a policy from what a host measures now, or from saved evidence
+    Learn {
+        /// An enrolled host: it is asked, unless evidence is given
+        host: Option<HostId>,
+        /// Saved evidence
+        #[arg(long, value_name = "FILE")]
+        evidence: Option<PathBuf>,
+        /// The attestation key that signed it, if the host is not enrolled
+        #[arg(long, value_name = "FILE", requires = "evidence", conflicts_with = "host")]
+        ak: Option<PathBuf>,
+        /// Where to write; standard output unless given
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Put a policy in force for a host
+    Set {
+        /// The host
+        host: HostId,
+        /// The policy
+        file: PathBuf,
+    },
+    /// Print the policy in force for a host
+    Show {
+        /// The host
+        host: HostId,
+    },
+    /// Check a policy file without putting it in force
+    Check {
+        /// The policy
+        file: PathBuf,
+    },
+    /// Accept that a disk image has this digest at the next start at which it is found, though its past is broken
+    AcceptImage {
+        /// The host
+        host: HostId,
+        /// The VM's UUID
+        vm: VmId,
+        /// The image's slot, as the finding names it
+        slot: String,
+        /// The digest, as the finding names it
+        digest: FileDigest,
+    },
+}
+
+/// Carries a policy command out.
+pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliError> {
+    match command {
+        PolicyCommand::Learn { host, evidence, ak, output } => {
+            let facts = match (host, evidence, ak) {
+                (Some(host), None, _) => {
+                    let round = verifier(state, Times::default()).await?.attest_for_facts(&host).await?;
+                    round.facts.ok_or_else(|| not_whole(&round.verdict))?
+                }
+                (Some(host), Some(file), _) => {
+                    let host = open(state).await?.host(&host).await?;
+                    let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
+                    let ak = Public::parse(&host.enrolment.ak).map_err(key)?;
+                    let policy = host.policy.map(|(_, text)| Policy::parse(&text, "policy in force")).transpose()?;
+                    learn_offline(&file, &ak, policy.as_ref())?
+                }
+                (None, Some(file), Some(ak)) => learn_offline(&file, &enrol::read_ak(&ak)?.1, None)?,
+                _ => return Err(CliError::Usage("give a host, or --evidence with --ak".into())),
+            };
+            let text = learn::propose(&facts);
+            match output {
+                Some(path) => write(&path, text.as_bytes()),
+                None => say(&text),
+            }
+        }
+        PolicyCommand::Set { host, file } => {
+            let (_, text) = Policy::load(&file)?;
+            let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
+            say(&format!("policy version {version} is in force for {host}\n"))
+        }
+        PolicyCommand::Show { host } => match open(state).await?.host(&host).await?.policy {
+            Some((_, text)) => say(&text),
+            None => Err(CliError::Usage(format!("no policy is in force for {host}"))),
+        },
+        PolicyCommand::Check { file } => {
+            let (policy, _) = Policy::load(&file)?;
+            let files = |list: Option<&crate::policy::AllowList>| list.map_or(0, crate::policy::AllowList::len);
+            let all: usize = policy.vms.iter().map(|vm| files(vm.ima.as_ref())).sum();
+            let (registers, rules) = (policy.host.registers.len(), policy.vms.len());
+            let all = all + files(policy.host.ima.as_ref());
+            say(&format!("{}: {registers} registers, {rules} VM rules, {all} files\n", file.display()))
+        }
+        PolicyCommand::AcceptImage { host, vm, slot, digest } => {
+            let store = open(state).await?;
+            let kept = store.host(&host).await?;
+            let mut state = kept.state;
+            state.accept_image(vm, &slot, digest);
+            if !store.commit(&host, kept.version, Some(&state), None).await? {
+                return Err(Fault::Busy(host).into());
+            }
+            Ok(())
+        }
+    }
+}
+
+fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Facts, CliError> {
+    let received = Received::read(&read_evidence(file)?);
+    let received = received.map_err(|finding| CliError::NotWhole(table::finding(&finding)))?;
+    let context = Context {
+        host: None,
+        ak,
+        software_tpm: false,
+        freshness: &Freshness::Offline { nonce: None },
+        state: &HostState::default(),
+        policy: policy.map(|policy| (policy, 0)),
+        now: System.now(),
+        lifetime: 0,
+        facts: true,
+    };
+    let Appraisal { verdict, facts, .. } = appraise(&received, &context);
+    facts.ok_or_else(|| not_whole(&verdict))
+}
+
+fn not_whole(verdict: &Verdict) -> CliError {
+    let of = |f: &&Finding| matches!(f.code.class(), Class::Evidence | Class::Absence);
+    let findings: Vec<String> = verdict.host.findings.iter().filter(of).map(table::finding).collect();
+    CliError::NotWhole(findings.join("\n"))
+}
