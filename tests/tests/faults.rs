@@ -58,12 +58,6 @@ fn check_others(world: &mut World) -> Result<()> {
     wait::for_true("the other VM to run", LIMIT, || Ok(fine.run_state()? == "running"))
 }
 
-fn end_bound(world: &mut World) -> Result<()> {
-    ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
-    world.bound_log()?;
-    Ok(())
-}
-
 #[test]
 fn a_firmware_file_that_is_gone_keeps_its_vm_from_running() {
     World::test(|world| {
@@ -80,7 +74,7 @@ fn a_firmware_file_that_is_gone_keeps_its_vm_from_running() {
         let bare = world.start_bare("bare", &[])?;
         wait_stage(world, "bare", "watched")?;
         wait::for_true("the VM to run", LIMIT, || Ok(bare.run_state()? == "running"))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -100,7 +94,7 @@ fn an_image_that_cannot_be_read_keeps_its_vm_from_running() {
         check_refused(world, &bare, &["nothing"])?;
         wait_refusal(world, &["nothing"])?;
         check_others(world)?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -172,7 +166,7 @@ fn what_qemu_holds_is_measured_and_not_what_the_path_names_now() {
                 ensure!(start.images.iter().any(|image| image.digest.value.0 == held), "another image: {start:?}");
             }
         }
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -203,7 +197,7 @@ fn monitors_that_speak_rubbish_are_told_and_nobody_else_is_hurt() {
         }
         check_others(world)?;
         ensure!(world.read_log()?.count("vm-create")? == 1, "rubbish became a VM");
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -260,7 +254,7 @@ fn lose_an_extend(world: &mut World, loss: Loss) -> Result<()> {
     wait_refusal(world, &["TPM"])?;
     check_others(world)?;
     ensure!(second.run_state()? == "prelaunch", "a refused VM runs");
-    end_bound(world)?;
+    world.end_bound()?;
     ensure!(world.epochs()? == [1], "the log began anew");
     let log = world.bound_log()?;
     let mut next = 0;
@@ -317,7 +311,7 @@ fn a_tpm_that_dies_in_the_middle_begins_a_new_log_and_the_old_one_stays() {
         world.wait_until("the whole list in the new log", LIMIT, |world| {
             Ok((world.vm_status("first")?["entries"] == count).then_some(()))
         })?;
-        end_bound(world)?;
+        world.end_bound()?;
         ensure!(world.epochs()? == [1, 2], "{:?}", world.epochs()?);
         let kept = fs::read(world.proxy_state().join("log/epoch-00000001.cel"))?;
         ensure!(kept == old, "the old log is not what it was");
@@ -439,7 +433,7 @@ fn a_full_disk_under_the_log_keeps_vms_from_running_and_loses_nothing() {
         wait_stage(world, refused.name(), "watched")?;
         ensure!(refused.run_state()? == "running");
         ensure!(world.proxy_export("first")? == peer.guest().list());
-        end_bound(world)?;
+        world.end_bound()?;
         ensure!(world.epochs()? == [1], "the log began anew");
         Ok(())
     });

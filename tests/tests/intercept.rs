@@ -50,12 +50,6 @@ fn node(name: &str, file: &str) -> Value {
     json!({"driver": "raw", "node-name": name, "read-only": true, "file": {"driver": "file", "filename": file}})
 }
 
-fn end_bound(world: &mut World) -> Result<()> {
-    ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
-    world.bound_log()?;
-    Ok(())
-}
-
 #[test]
 fn a_disk_is_in_log_and_tpm_before_qemu_has_it() {
     World::test(|world| {
@@ -91,7 +85,7 @@ fn a_disk_is_in_log_and_tpm_before_qemu_has_it() {
                 (kinds.iter().rposition(|k| k == "monitor-command"), kinds.iter().position(|k| k == "config-change"));
             Ok(change.filter(|&change| last.is_some_and(|last| last < change)))
         })?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -112,7 +106,7 @@ fn what_the_tpm_does_not_hold_does_not_reach_qemu() {
         ensure!(bare.run_state()? != "running", "the command did not arrive");
         tool.execute("blockdev-add", &node("data", "data.img"))?;
         ensure!(has_node(&bare, "data")?, "QEMU has no such node");
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -142,7 +136,7 @@ fn two_tools_share_one_qemu_and_one_may_die() {
         );
         let names: Vec<_> = commands(world)?.into_iter().map(|c| c.command).collect();
         ensure!(names == ["stop", "migrate-pause", "cont"], "{names:?}");
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -166,7 +160,7 @@ fn a_tool_that_does_not_read_holds_up_neither_others_nor_the_log() {
             Ok(fs::read_to_string(&log)?.contains("it does not read its events"))
         })?;
         good.execute("query-status", &json!({}))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -190,7 +184,7 @@ fn forbidden_commands_are_refused_counted_and_logged() {
         let logged = commands(world)?;
         ensure!(logged[0].arguments == r#"{"command-line":"stop"}"# && logged.len() == 2, "{logged:?}");
         ensure!(logged.iter().all(|c| c.outcome == CommandOutcome::Refused), "{logged:?}");
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -214,7 +208,7 @@ fn nobody_lets_a_vm_run_that_the_gate_keeps_stopped() {
         tool.execute("quit", &json!({}))?;
         world.wait_gone("bare")?;
         wait::for_true("the socket to go", LIMIT, || Ok(!world.intercepted("bare").exists()))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -229,7 +223,7 @@ fn tools_find_their_socket_again_after_a_restart_of_the_proxy() {
         let mut tool = world.tool("bare")?;
         tool.execute("stop", &json!({}))?;
         ensure!(commands(world)?.len() == 1, "the command is logged");
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -266,7 +260,7 @@ fn the_library_of_qemus_developers_works_unchanged() {
             ("getfd", CommandOutcome::Forwarded),
         ];
         ensure!(logged == want.map(|(name, outcome)| (name.to_owned(), outcome)), "{logged:?}");
-        end_bound(world)
+        world.end_bound()
     });
 }
 

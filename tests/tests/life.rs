@@ -1,131 +1,17 @@
-//! Everything that can happen to a VM, as it stands in the proxy's log. Real QEMUs without a guest: what a guest would do is
-//! done by a firmware of a few bytes, what the operator does goes through a second monitor, as he would do it.
+//! Everything that can happen to a VM while it runs, as it stands in the proxy's log. Real QEMUs without a guest: what a guest would do
+//! is done by a firmware of a few bytes, what the operator does goes through a second monitor, as he would do it.
+//! A VM's state that is saved, loaded, sent and received is in `saved_state.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use onequote_evidence::event::{ConfigChange, EventBody, Image, MediumChange, SnapshotLoad, SnapshotSave, VmRef};
-use onequote_evidence::id::Sha256;
+use onequote_evidence::event::{ConfigChange, EventBody, MediumChange};
+use onequote_tests::lab::story::{BEGIN, LIMIT, begin, check_image, digest, expect, give, human_io, story, then};
+use onequote_tests::lab::story::{wait_change, wait_event};
 use onequote_tests::lab::{Act, Qmp, World, wait};
 use serde_json::{Value, json};
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// A world whose proxy looks at its VMs ten times a second.
-fn begin(world: &mut World) -> Result<()> {
-    world.settings().tables += "[vms]\nlook_ms = 100\n";
-    world.start_proxy_alone()
-}
-
-/// What the log says of the VM called `name`, the newest process of that name.
-fn story(world: &World, name: &str) -> Result<Vec<EventBody>> {
-    let events = world.read_log()?.events()?;
-    let is = |body: &EventBody| matches!(body, EventBody::VmCreate(create) if create.name == name);
-    let vm: Option<VmRef> = events.iter().rev().find(|event| is(&event.body)).and_then(|event| event.vm);
-    Ok(events.into_iter().filter(|event| vm.is_some() && event.vm == vm).map(|event| event.body).collect())
-}
-
-/// An event as tests name it: its kind, and the fields that matter.
-fn words(body: &EventBody) -> String {
-    let what = match body {
-        EventBody::VmCreate(e) => e.depth.word().to_owned(),
-        EventBody::VmPause(e) => e.run_state.clone(),
-        EventBody::VmReset(e) => e.reason.clone(),
-        EventBody::VmStop(e) => e.cause.word().to_owned(),
-        EventBody::VmCrash(e) => format!("{} {}", e.cause, e.detail),
-        EventBody::VmRefuse(e) => e.cause.word().to_owned(),
-        EventBody::ConfigChange(e) => e.what.clone(),
-        EventBody::MediumChange(e) => e.slot.clone(),
-        EventBody::SnapshotSave(SnapshotSave { tag, .. }) | EventBody::SnapshotLoad(SnapshotLoad { tag, .. }) => {
-            tag.clone()
-        }
-        EventBody::MigrateOut(e) => e.status.word().to_owned(),
-        EventBody::MigrateIn(e) => e.status.word().to_owned(),
-        _ => String::new(),
-    };
-    format!("{} {what}", body.kind()).trim_end().to_owned()
-}
-
-/// Waits until the log says exactly this of a VM, in this order.
-fn expect(world: &mut World, name: &str, expected: &[&str]) -> Result<Vec<EventBody>> {
-    let mut seen = Vec::new();
-    let what = format!("{name}: {expected:#?}");
-    let found = world.wait_until(&what, LIMIT, |world| {
-        let story = story(world, name)?;
-        seen = story.iter().map(words).collect();
-        // More than was expected does not become right by waiting.
-        ensure!(seen.len() <= expected.len(), "{name}: {seen:#?} instead of {expected:#?}");
-        Ok((seen == expected).then_some(story))
-    });
-    found.with_context(|| format!("the log has {seen:#?}"))
-}
-
-/// Waits for an event about this VM that `which` accepts, and gives what that made of it.
-fn wait_event<T>(world: &mut World, name: &str, what: &str, which: impl Fn(&EventBody) -> Option<T>) -> Result<T> {
-    let found = world.wait_until(what, LIMIT, |world| Ok(story(world, name)?.iter().find_map(&which)));
-    found.with_context(|| format!("the log has {:#?}", story(world, name).unwrap_or_default()))
-}
-
-/// Waits for a change of the configuration in these words. With `after` empty: that something went.
-fn wait_change(world: &mut World, name: &str, what: &str, before: &str, after: &str) -> Result<ConfigChange> {
-    let fits = |text: &str, part: &str| text.is_empty() == part.is_empty() && text.contains(part);
-    wait_event(world, name, &format!("{what}: {before:?} to {after:?}"), |body| match body {
-        EventBody::ConfigChange(change)
-            if change.what == what && fits(&change.before, before) && fits(&change.after, after) =>
-        {
-            Some(change.clone())
-        }
-        _ => None,
-    })
-}
-
-fn digest(path: &Path) -> Result<String> {
-    let measured = onequote_verity::measure(&fs::File::open(path)?, onequote_verity::Options::default())?;
-    Ok(format!("fs-verity:{}", Sha256(measured.digest)))
-}
-
-/// Whether an image was logged as what the file holds.
-fn check_image(image: &Image, slot: &str, path: &Path) -> Result<()> {
-    let now = digest(path)?;
-    ensure!(image.slot == slot && Path::new(&image.path) == path, "another image: {image:?}");
-    ensure!(image.digest.to_string() == now, "{} holds {now}: {image:?}", path.display());
-    Ok(())
-}
-
-fn qemu_img(folder: &Path, arguments: &[&str]) -> Result<()> {
-    let status = Command::new("qemu-img").args(arguments).arg("-q").current_dir(folder).status()?;
-    ensure!(status.success(), "qemu-img failed");
-    Ok(())
-}
-
-/// Gives commands one after the other.
-fn give(monitor: &mut Qmp, commands: &[(&str, Value)]) -> Result<()> {
-    commands.iter().try_for_each(|(command, arguments)| monitor.execute(command, arguments).map(drop))
-}
-
-fn human(monitor: &mut Qmp, command: &str) -> Result<()> {
-    let answer = monitor.execute("human-monitor-command", &json!({"command-line": command}))?;
-    ensure!(answer.as_str().is_some_and(str::is_empty), "{command}: {answer}");
-    Ok(())
-}
-
-const BEGIN: [&str; 3] = ["vm-create gate", "vm-start", "vm-resume"];
-
-fn then<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    BEGIN.iter().chain(more).copied().collect()
-}
-
-/// Ends a world whose log must be whole and in the TPM.
-fn end_bound(world: &mut World) -> Result<()> {
-    ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
-    world.bound_log()?;
-    Ok(())
-}
 
 #[test]
 fn what_an_operator_does_to_a_running_vm() {
@@ -151,7 +37,7 @@ fn what_an_operator_does_to_a_running_vm() {
         let Some(EventBody::VmStop(stop)) = events.last() else { unreachable!() };
         ensure!(stop.unmeasured.is_empty() && stop.images.len() == 1, "{stop:?}");
         check_image(&stop.images[0], "disk", &vm.folder().join("disk.img"))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -175,7 +61,7 @@ fn ways_in_which_a_vm_ends() {
         // What a guest does.
         let _off = world.start_acting("off", &[Act::PowerOff], &[])?;
         expect(world, "off", &then(&["vm-stop guest-shutdown"]))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -203,7 +89,7 @@ fn what_a_guest_does() {
         // Waking up it runs its firmware again, which suspends again.
         give(&mut sleeps.monitor()?, &[("system_wakeup", json!({}))])?;
         expect(world, "sleeps", &then(&["vm-pause suspended", "vm-resume", "vm-pause suspended"]))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -255,7 +141,7 @@ fn what_is_plugged_into_a_running_vm() {
         let lie = json!({"path": "/machine", "property": "kernel", "value": "/boot/another"});
         give(&mut monitor, &[("qom-set", lie)])?;
         wait_change(world, "vm", "kernel", "", "/boot/another")?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -311,13 +197,8 @@ fn disks_that_come_and_go() {
         })?;
         let slots: Vec<&str> = stop.images.iter().map(|image| image.slot.as_str()).collect();
         ensure!(slots == ["disk"] && stop.unmeasured.is_empty(), "{stop:?}");
-        end_bound(world)
+        world.end_bound()
     });
-}
-
-/// A command whose answer is what it printed.
-fn human_io(monitor: &mut Qmp, command: &str) -> Result<()> {
-    monitor.execute("human-monitor-command", &json!({"command-line": command})).map(drop)
 }
 
 /// The changes of a drive's chain so far, the last one first.
@@ -377,7 +258,7 @@ fn chains_that_change_under_a_running_vm() {
         })?;
         ensure!(stop.images.len() == 1, "{stop:?}");
         check_image(&stop.images[0], "disk", &file("copy.qcow2"))?;
-        end_bound(world)
+        world.end_bound()
     });
 }
 
@@ -427,167 +308,7 @@ fn media_that_are_changed() {
         check_image(&change.images[0], "cd0", &file("one.iso"))?;
         let change = step(world, "eject", json!({"id": "cd0"}))?;
         ensure!(change.before.contains("one.iso") && change.after == "tray open", "{change:?}");
-        end_bound(world)
-    });
-}
-
-#[test]
-fn snapshots_that_are_saved_loaded_and_deleted() {
-    World::test(|world| {
-        begin(world)?;
-        let folder = world.prepare_bare("vm")?;
-        qemu_img(&folder, &["create", "-f", "qcow2", "state.qcow2", "1M"])?;
-        let state = format!("file={},if=none,format=qcow2,id=st,node-name=state", folder.join("state.qcow2").display());
-        // Saving needs room for the state in each image that is written.
-        let read_only = "file=disk.img,if=none,format=raw,id=disk,readonly=on";
-        let device = ["-S", "-drive", &state, "-device", "virtio-blk-pci,drive=st"];
-        let vm = world.start_given("vm", &device, read_only)?;
-        let mut monitor = vm.monitor()?;
-        let mut told: Vec<&str> = BEGIN.to_vec();
-        expect(world, "vm", &told)?;
-
-        // Quiet pauses are nothing but pauses as long as there is no snapshot.
-        give(&mut monitor, &[("stop", json!({})), ("cont", json!({}))])?;
-        told.extend(["vm-pause paused", "vm-resume"]);
-        expect(world, "vm", &told)?;
-
-        let job = |id: &str, tag: &str| json!({"job-id": id, "tag": tag, "vmstate": "state", "devices": ["state"]});
-        give(&mut monitor, &[("snapshot-save", job("save", "one"))])?;
-        told.extend(["vm-pause save-vm", "vm-resume", "snapshot-save one"]);
-        let events = expect(world, "vm", &told)?;
-        let Some(EventBody::SnapshotSave(save)) = events.last() else { unreachable!() };
-        check_image(&save.images[0], "st", &vm.folder().join("state.qcow2"))?;
-
-        give(&mut monitor, &[("snapshot-load", job("load", "one"))])?;
-        told.extend(["vm-pause restore-vm", "vm-resume", "snapshot-load one"]);
-        let events = expect(world, "vm", &told)?;
-        let Some(EventBody::SnapshotLoad(load)) = events.last() else { unreachable!() };
-        check_image(&load.images[0], "st", &vm.folder().join("state.qcow2"))?;
-
-        // The human monitor's commands raise no event of their own.
-        human(&mut monitor, "savevm two")?;
-        told.extend(["vm-pause save-vm", "vm-resume", "snapshot-save two"]);
-        expect(world, "vm", &told)?;
-        human(&mut monitor, "loadvm two")?;
-        // Which one is not to be seen: there are two.
-        told.extend(["vm-pause restore-vm", "vm-resume", "snapshot-load"]);
-        expect(world, "vm", &told)?;
-        let delete = json!({"job-id": "delete", "tag": "one", "devices": ["state"]});
-        give(&mut monitor, &[("snapshot-delete", delete)])?;
-        told.push("config-change snapshot");
-        let events = expect(world, "vm", &told)?;
-        let Some(EventBody::ConfigChange(gone)) = events.last() else { unreachable!() };
-        ensure!((gone.before.as_str(), gone.after.as_str()) == ("st: one", ""), "{gone:?}");
-        human(&mut monitor, "loadvm two")?;
-        told.extend(["vm-pause restore-vm", "vm-resume", "snapshot-load two"]);
-        expect(world, "vm", &told)?;
-        human(&mut monitor, "delvm two")?;
-        told.push("config-change snapshot");
-        expect(world, "vm", &told)?;
-        // One of the disk alone.
-        let internal = json!({"device": "st", "name": "disk-only"});
-        give(&mut monitor, &[("blockdev-snapshot-internal-sync", internal)])?;
-        told.push("config-change snapshot");
-        let events = expect(world, "vm", &told)?;
-        let Some(EventBody::ConfigChange(new)) = events.last() else { unreachable!() };
-        ensure!((new.before.as_str(), new.after.as_str()) == ("", "st: disk-only"), "{new:?}");
-        human(&mut monitor, "savevm three")?;
-        told.extend(["vm-pause save-vm", "vm-resume", "snapshot-save three"]);
-        expect(world, "vm", &told)?;
-        give(&mut monitor, &[("quit", json!({}))])?;
-        told.push("vm-stop host-shutdown");
-        expect(world, "vm", &told)?;
-
-        // Started from a snapshot: its kernel is not what it runs.
-        let _again = world.start_given("again", &[&device[..], &["-loadvm", "three"]].concat(), read_only)?;
-        expect(world, "again", &["vm-create gate", "vm-start", "snapshot-load three", "vm-resume"])?;
-        end_bound(world)
-    });
-}
-
-#[test]
-fn a_vm_that_goes_to_a_file_and_comes_back() {
-    World::test(|world| {
-        begin(world)?;
-        let vm = world.start_bare("vm", &[])?;
-        let mut monitor = vm.monitor()?;
-        expect(world, "vm", &BEGIN)?;
-        // One that fails leaves the VM where it is.
-        give(&mut monitor, &[("migrate", json!({"uri": "exec:false"}))])?;
-        let mut told = then(&["migrate-out started", "migrate-out failed"]);
-        expect(world, "vm", &told)?;
-        let state = vm.folder().join("state");
-        give(&mut monitor, &[("migrate", json!({"uri": format!("exec:cat > {}", state.display())}))])?;
-        told.extend(["migrate-out started", "vm-pause postmigrate", "migrate-out completed"]);
-        let events = expect(world, "vm", &told)?;
-        let Some(EventBody::MigrateOut(out)) = events.last() else { unreachable!() };
-        ensure!(out.unmeasured.is_empty() && out.images.len() == 1, "{out:?}");
-        check_image(&out.images[0], "disk", &vm.folder().join("disk.img"))?;
-        give(&mut monitor, &[("quit", json!({}))])?;
-        told.push("vm-stop host-shutdown");
-        expect(world, "vm", &told)?;
-
-        // It comes back under the gate: nothing runs before it is measured and logged.
-        let source = format!("exec:cat {}", state.display());
-        let disk = format!("file={},if=none,format=raw,id=disk", vm.folder().join("disk.img").display());
-        let back = world.start_given("back", &["-S", "-incoming", &source], &disk)?;
-        let told = ["vm-create gate", "migrate-in started", "migrate-in completed", "vm-attach", "vm-resume"];
-        let events = expect(world, "back", &told)?;
-        let Some(EventBody::MigrateIn(arrived)) = events.get(2) else { unreachable!() };
-        ensure!(arrived.source == source, "{arrived:?}");
-        let Some(EventBody::VmAttach(attach)) = events.get(3) else { unreachable!() };
-        ensure!(!attach.again, "{attach:?}");
-        check_image(&attach.images[0], "disk", &vm.folder().join("disk.img"))?;
-        drop(back);
-        // And without: it runs as soon as it is there.
-        let defer = world.start_given("defer", &["-incoming", "defer"], &disk)?;
-        let mut told = vec!["vm-create observe", "migrate-in started"];
-        expect(world, "defer", &told)?;
-        give(&mut defer.monitor()?, &[("migrate-incoming", json!({"uri": source}))])?;
-        told.extend(["migrate-in completed", "vm-resume", "vm-attach"]);
-        expect(world, "defer", &told)?;
-        drop(defer);
-        // What arrives is no VM.
-        fs::write(&state, "no state")?;
-        let mut bad = world.start_given("bad", &["-S", "-incoming", "defer"], &disk)?;
-        expect(world, "bad", &["vm-create gate", "migrate-in started"])?;
-        // QEMU may end before it answers.
-        let _ = give(&mut bad.monitor()?, &[("migrate-incoming", json!({"uri": source}))]);
-        bad.qemu.wait(LIMIT)?;
-        expect(world, "bad", &["vm-create gate", "migrate-in started", "migrate-in failed", "vm-stop lost"])?;
-        end_bound(world)
-    });
-}
-
-#[test]
-fn a_vm_that_goes_from_one_host_to_another() {
-    World::test(|source| {
-        World::test(|target| {
-            begin(source)?;
-            begin(target)?;
-            let vm = source.start_bare("vm", &[])?;
-            let mut monitor = vm.monitor()?;
-            expect(source, "vm", &BEGIN)?;
-            // Storage that both hosts reach, as it must be.
-            let disk = format!("file={},if=none,format=raw,id=disk", vm.folder().join("disk.img").display());
-            let socket = format!("unix:{}", target.folder().join("migration").display());
-            target.prepare_bare("vm")?;
-            let there = target.start_given("vm", &["-S", "-incoming", &socket], &disk)?;
-            expect(target, "vm", &["vm-create gate", "migrate-in started"])?;
-            human_io(&mut monitor, "qemu-io disk \"write -P 4 0 512\"")?;
-            give(&mut monitor, &[("migrate", json!({"uri": socket}))])?;
-            let events =
-                expect(source, "vm", &then(&["migrate-out started", "vm-pause postmigrate", "migrate-out completed"]))?;
-            let Some(EventBody::MigrateOut(out)) = events.last() else { unreachable!() };
-            let told = ["vm-create gate", "migrate-in started", "migrate-in completed", "vm-attach", "vm-resume"];
-            let events = expect(target, "vm", &told)?;
-            let Some(EventBody::VmAttach(attach)) = events.get(3) else { unreachable!() };
-            ensure!(attach.images == out.images, "left as {out:?}, found as {attach:?}");
-            ensure!(there.run_state()? == "running", "it does not run");
-            end_bound(source)?;
-            end_bound(target)
-        });
-        Ok(())
+        world.end_bound()
     });
 }
 
@@ -615,6 +336,6 @@ fn a_vm_that_was_running_already() {
         let events = expect(world, "vm", &told)?;
         let Some(EventBody::VmAttach(attach)) = events.get(5) else { unreachable!() };
         ensure!(attach.again && attach.images.iter().any(|image| image.slot == "n"), "{attach:?}");
-        end_bound(world)
+        world.end_bound()
     });
 }

@@ -28,6 +28,7 @@ mod qmp;
 mod random;
 mod relay;
 mod report;
+pub mod story;
 mod tools;
 mod tpm;
 mod verdict;
