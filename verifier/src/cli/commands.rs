@@ -18,7 +18,7 @@ use crate::{
     enrol::{self, EnrolError, Identity},
     expectation::{self, HostTree, VmTree},
     finding::Code,
-    policy::{Policy, PolicyError},
+    policy::{Policy, PolicyError, tree::TreeError},
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
     source::{Source, System},
@@ -45,6 +45,9 @@ pub enum CliError {
     /// A policy.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// A file tree.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
     /// A round.
     #[error(transparent)]
     Fault(#[from] Fault),

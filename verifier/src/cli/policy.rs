@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Subcommand;
 
 use onequote_evidence::{
-    digest::FileDigest,
+    digest::{FileDigest, HashAlg},
     id::{HostId, VmId},
     tpm::Public,
 };
@@ -18,7 +18,10 @@ use crate::{
     appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
     enrol,
     finding::{Class, Finding},
-    policy::{Policy, learn},
+    policy::{
+        Pattern, Policy, learn,
+        tree::{self, Listing, Options},
+    },
     result::Verdict,
     round::{Fault, Times},
     source::{Source, System},
@@ -41,6 +44,24 @@ pub enum PolicyCommand {
         /// Where to write; standard output unless given
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
+    },
+    /// Make an allow list (for ima_file) from file trees, and print the lines that use it in a rule
+    FromTree {
+        /// Folders, tar archives, initramfs; mount images of file systems (mount -o loop,ro) and give the folder
+        #[arg(required = true, value_name = "TREE")]
+        trees: Vec<PathBuf>,
+        /// Where to write the list
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        /// Where the trees are mounted in the running system; several times where a system sees them at several places
+        #[arg(long, value_name = "PATH", default_value = "/")]
+        at: Vec<String>,
+        /// Pattern of paths in the running system to leave out: * stands for any characters, ? for one
+        #[arg(long, value_name = "PATTERN")]
+        skip: Vec<String>,
+        /// Algorithm of the digests: the kernel's ima_hash=; several times for several
+        #[arg(long, value_name = "NAME", default_value = "sha256")]
+        hash: Vec<HashAlg>,
     },
     /// Put a policy in force for a host
     Set {
@@ -97,6 +118,10 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
                 None => say(&text),
             }
         }
+        PolicyCommand::FromTree { trees, output, at, skip, hash } => {
+            let options = Options { at, skip: skip.into_iter().map(Pattern).collect(), algorithms: hash };
+            from_tree(&trees, &output, &options)
+        }
         PolicyCommand::Set { host, file } => {
             let (_, text) = Policy::load(&file)?;
             let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
@@ -125,6 +150,22 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
             Ok(())
         }
     }
+}
+
+fn from_tree(trees: &[PathBuf], output: &Path, options: &Options) -> Result<(), CliError> {
+    let mut listing = Listing::default();
+    for tree in trees {
+        listing.add(tree, options)?;
+    }
+    for path in listing.unsayable() {
+        tracing::warn!(%path, "left out: its name is not UTF-8, and cannot be named in a policy");
+    }
+    if listing.is_empty() {
+        return Err(CliError::Usage("there are no files".into()));
+    }
+    write(output, listing.toml(trees).as_bytes())?;
+    tracing::info!(files = listing.len(), list = %output.display(), "written; lines for a rule follow");
+    say(&tree::rule_lines(output))
 }
 
 fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Facts, CliError> {

@@ -38,8 +38,8 @@ pub struct HostRule {
     pub unmanaged: Consent,
     /// Files that the host's IMA list may hold; with it the list is demanded.
     pub ima: Option<AllowList>,
-    /// The same, in a file of its own, relative to the policy's.
-    pub ima_file: Option<String>,
+    /// The same, in files of their own, relative to the policy's.
+    pub ima_file: Option<OneOrMore<String>>,
     /// Path patterns that are not judged.
     #[serde(default)]
     pub ima_ignore: Vec<Pattern>,

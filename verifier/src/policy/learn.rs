@@ -12,6 +12,7 @@ use onequote_evidence::{
     statement::VmState,
 };
 
+use super::text::{comment, quote};
 use crate::appraise::{Facts, sessions::Session};
 
 /// IMA's own register is judged by the list that it was replayed from.
@@ -185,30 +186,4 @@ fn table(out: &mut String, name: &str, files: &Files) {
         let digests: Vec<String> = digests.iter().map(|digest| quote(digest)).collect();
         let _ = writeln!(out, "{} = [{}]", quote(path), digests.join(", "));
     }
-}
-
-/// A TOML basic string.
-fn quote(text: &str) -> String {
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() || is_hidden(c) => {
-                let _ = write!(out, "\\u{:04X}", u32::from(c));
-            }
-            c => out.push(c),
-        }
-    }
-    out + "\""
-}
-
-/// Text for a comment: what somebody else chose must not end the line.
-fn comment(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() || is_hidden(c) { '?' } else { c }).collect()
-}
-
-/// Characters that change how the text around them is shown: direction marks and overrides, line separators, joiners
-/// of no width. All of them are below U+10000.
-fn is_hidden(c: char) -> bool {
-    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }

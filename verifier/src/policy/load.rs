@@ -111,14 +111,24 @@ impl Policy {
     }
 }
 
-/// Replaces `ima_file` by the file's content under `ima`.
+/// Replaces `ima_file` by the files' content under `ima`.
 fn take_in(rule: &mut toml::Table, folder: &Path) -> Result<(), PolicyError> {
-    let Some(toml::Value::String(name)) = rule.remove("ima_file") else { return Ok(()) };
-    let path = folder.join(name);
-    let text = read(&path)?;
+    let names = match rule.remove("ima_file") {
+        Some(toml::Value::String(name)) => vec![name],
+        Some(toml::Value::Array(names)) => names.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect(),
+        _ => return Ok(()),
+    };
+    for name in names {
+        take_in_file(rule, &folder.join(name))?;
+    }
+    Ok(())
+}
+
+fn take_in_file(rule: &mut toml::Table, path: &Path) -> Result<(), PolicyError> {
+    let text = read(path)?;
     // Read as an allow list first, so that a mistake is told with that file's name and line.
-    let _: AllowList = toml::from_str(&text).map_err(|e| located(&path, &e))?;
-    let more: toml::Table = toml::from_str(&text).map_err(|e| located(&path, &e))?;
+    let _: AllowList = toml::from_str(&text).map_err(|e| located(path, &e))?;
+    let more: toml::Table = toml::from_str(&text).map_err(|e| located(path, &e))?;
     let ima = rule.entry("ima").or_insert_with(|| toml::Value::Table(toml::Table::new()));
     for (file, digests) in more {
         let Some(ima) = ima.as_table_mut() else { continue };

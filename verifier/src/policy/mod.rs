@@ -27,6 +27,8 @@ mod allow;
 mod host;
 pub mod learn;
 mod load;
+mod text;
+pub mod tree;
 mod value;
 mod vm;
 

@@ -78,6 +78,15 @@ fn allow_lists_come_from_files_too() {
     let (policy, text) = Policy::load(&path).unwrap();
     assert_eq!(policy.vms[0].ima.as_ref().unwrap().len(), 1);
     assert_eq!(Policy::parse(&text, "stored").unwrap().vms[0].ima.as_ref().unwrap().len(), 1);
+    let two = "[[vm]]\nname = \"a\"\nima_file = [\"web.toml\", \"more.toml\"]\n";
+    let other = D1.replace('1', "2");
+    std::fs::write(dir.path().join("more.toml"), format!("\"/bin/a\" = [\"{other}\"]\n\"/b\" = [\"{D1}\"]\n")).unwrap();
+    std::fs::write(&path, two).unwrap();
+    let list = Policy::load(&path).unwrap().0.vms.remove(0).ima.unwrap();
+    assert_eq!(list.len(), 2);
+    for byte in [0x11, 0x22] {
+        assert_eq!(list.judge(b"/bin/a", "sha256", &[byte; 32]), Judgement::Allowed);
+    }
     std::fs::write(dir.path().join("web.toml"), "x = 1").unwrap();
     assert!(Policy::load(&path).unwrap_err().to_string().contains("web.toml"));
     std::fs::write(&path, "[[vm]]\nname = \"a\"\nima_file = \"none.toml\"\n").unwrap();

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use onequote_evidence::{digest::FileDigest, event::Role, id::VmId};
 
-use super::{AllowList, Allowed, Consent, Pattern};
+use super::{AllowList, Allowed, Consent, OneOrMore, Pattern};
 
 /// What is demanded of a VM.
 #[derive(Debug, Clone, Deserialize)]
@@ -66,8 +66,8 @@ pub struct VmRule {
     pub max_silence: u64,
     /// Files that the guest's list may hold; none leaves the list unjudged.
     pub ima: Option<AllowList>,
-    /// The same, in a file of its own, relative to the policy's.
-    pub ima_file: Option<String>,
+    /// The same, in files of their own, relative to the policy's.
+    pub ima_file: Option<OneOrMore<String>>,
     /// Path patterns that are not judged.
     #[serde(default)]
     pub ima_ignore: Vec<Pattern>,
