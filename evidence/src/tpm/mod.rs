@@ -7,10 +7,12 @@
 mod attest;
 mod public;
 mod signature;
+mod storage;
 
 pub use attest::{Attest, ClockInfo, PcrSelection};
 pub use public::{Attributes, EccPublic, KeyParameters, Public, RsaPublic, SigScheme};
 pub use signature::Signature;
+pub use storage::{Curve, StorageKey, StorageParameters};
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

@@ -30,21 +30,37 @@ impl Attributes {
     /// The key signs.
     pub const SIGN: u32 = 1 << 18;
 
+    /// What an endorsement key lacks or has too much: `None` when it is a restricted decryption key that the TPM made
+    /// and that stays in it.
+    #[must_use]
+    pub fn ek_defect(self) -> Option<&'static str> {
+        if self.0 & Self::SIGN != 0 {
+            return Some("sign is set");
+        }
+        let last = [(Self::RESTRICTED, "restricted is not set"), (Self::DECRYPT, "decrypt is not set")];
+        self.lacks(&Self::STAYS).or_else(|| self.lacks(&last))
+    }
+
     /// What an AK lacks or has too much to be believed: `None` when it is a restricted signing key that the TPM made
     /// and that stays in it.
     #[must_use]
     pub fn ak_defect(self) -> Option<&'static str> {
-        let must = [
-            (Self::FIXED_TPM, "fixedTPM is not set"),
-            (Self::FIXED_PARENT, "fixedParent is not set"),
-            (Self::SENSITIVE_DATA_ORIGIN, "sensitiveDataOrigin is not set"),
-            (Self::RESTRICTED, "restricted is not set"),
-            (Self::SIGN, "sign is not set"),
-        ];
         if self.0 & Self::DECRYPT != 0 {
             return Some("decrypt is set");
         }
-        must.into_iter().find(|(bit, _)| self.0 & bit == 0).map(|(_, why)| why)
+        let last = [(Self::RESTRICTED, "restricted is not set"), (Self::SIGN, "sign is not set")];
+        self.lacks(&Self::STAYS).or_else(|| self.lacks(&last))
+    }
+
+    /// What a key has that its TPM made and that never leaves it.
+    const STAYS: [(u32, &'static str); 3] = [
+        (Self::FIXED_TPM, "fixedTPM is not set"),
+        (Self::FIXED_PARENT, "fixedParent is not set"),
+        (Self::SENSITIVE_DATA_ORIGIN, "sensitiveDataOrigin is not set"),
+    ];
+
+    fn lacks(self, must: &[(u32, &'static str)]) -> Option<&'static str> {
+        must.iter().find(|(bit, _)| self.0 & bit == 0).map(|(_, why)| *why)
     }
 }
 
@@ -143,7 +159,7 @@ impl Public {
     }
 }
 
-fn hash(r: &mut Reader<'_>) -> Result<HashAlg, Malformed> {
+pub(super) fn hash(r: &mut Reader<'_>) -> Result<HashAlg, Malformed> {
     HashAlg::from_tpm(r.u16_be()?).ok_or_else(|| r.invalid("unknown hash algorithm"))
 }
 
@@ -165,7 +181,7 @@ fn coordinate(r: &mut Reader<'_>) -> Result<[u8; 32], Malformed> {
     Ok(out)
 }
 
-fn rsa(r: &mut Reader<'_>) -> Result<RsaPublic, Malformed> {
+pub(super) fn rsa(r: &mut Reader<'_>) -> Result<RsaPublic, Malformed> {
     let bits = r.u16_be()?;
     let exponent = match r.u32_be()? {
         0 => 65537,
