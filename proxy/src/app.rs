@@ -93,7 +93,7 @@ pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
     Identity::open(&config.state_dir, &config.host_id)?;
     // Opening a TPM without a resource manager takes its key from a proxy that runs: the log's lock says that none does.
     let _alone = FileStore::open(config.log_dir())?;
-    let tpm = EsapiTpm::open(&config.tpm.tcti)?;
+    let tpm = EsapiTpm::open_with(&config.tpm.options().map_err(io_error("tpm.auth"))?)?;
     let ak = config.state_dir.join("ak.pub");
     fs::write(&ak, tpm.ak_public()).map_err(io_error(ak.display().to_string()))?;
     Ok([config.state_dir.join("certificate.pem"), ak])
@@ -243,7 +243,7 @@ async fn start_recorder(
     let wanted = measure::Wanted { alg: FileDigestAlg::Sha256, stamp: None, progress: None };
     let measured = measure::Digester::default().digest(Arc::new(binary), wanted).await;
     let (_, binary) = measured.map_err(|e| io_error("/proc/self/exe")(io::Error::other(e)))?;
-    let tcti = config.tpm.tcti.clone();
+    let options = config.tpm.options().map_err(io_error("tpm.auth"))?;
     let recorder = RecorderConfig {
         host: config.host_id.clone(),
         boot_id,
@@ -257,7 +257,7 @@ async fn start_recorder(
         now: Box::new(now),
         new_epoch_id: Box::new(|| EpochId(rand::random())),
     };
-    let open_tpm = Box::new(move || EsapiTpm::open(&tcti).map(|tpm| Box::new(tpm) as _));
+    let open_tpm = Box::new(move || EsapiTpm::open_with(&options).map(|tpm| Box::new(tpm) as _));
     let started = tokio::task::spawn_blocking(move || Recorder::start(recorder, Box::new(store), open_tpm)).await;
     started
         .map_err(|e| AppError::Io { what: "the recorder".to_owned(), error: io::Error::other(e) })?

@@ -14,7 +14,12 @@ use onequote_evidence::{
 };
 use serde::Deserialize;
 
-use crate::{intercept, measure::MeasureLimits, vm::is_valid_name};
+use crate::{
+    intercept,
+    measure::MeasureLimits,
+    tpm::{AkKind, AuthFiles, EkKind, TpmOptions},
+    vm::is_valid_name,
+};
 
 /// A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
 const MAX_SOCKET_PATH: usize = 107;
@@ -72,6 +77,31 @@ pub struct Config {
 pub struct Tpm {
     /// How to reach it: `device:/dev/tpmrm0`, or `swtpm:path=SOCKET` for a software TPM.
     pub tcti: String,
+    /// The attestation key's kind. Another kind is another key: the host must be enrolled again.
+    #[serde(default)]
+    pub ak: AkKind,
+    /// The persistent handle at which the attestation key is kept, `0x81000000` to `0x817fffff`; made anew at each start
+    /// when absent.
+    pub ak_handle: Option<u32>,
+    /// The endorsement key's kind; that of the first certificate in the TPM when absent.
+    pub ek: Option<EkKind>,
+    /// The endorsement key's certificate where the TPM has none: PEM, its own first, then those of issuers.
+    pub ek_certificate: Option<PathBuf>,
+    /// Files with authorisation values.
+    #[serde(default)]
+    pub auth: AuthFiles,
+}
+
+impl Tpm {
+    /// How the TPM is opened. Reads the authorisation values; see [`AuthFiles::read`].
+    ///
+    /// # Errors
+    /// A file cannot be read. The error names it.
+    pub fn options(&self) -> std::io::Result<TpmOptions> {
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        let auth = self.auth.read(credentials.as_deref())?;
+        Ok(TpmOptions { tcti: self.tcti.clone(), ak: self.ak, ak_handle: self.ak_handle, auth })
+    }
 }
 
 /// A verifier that may ask for evidence.
@@ -258,6 +288,9 @@ impl Config {
                 return bad(key, format!("{} is not an absolute path", dir.display()));
             }
         }
+        if let Some(handle) = self.tpm.ak_handle.filter(|handle| !(0x8100_0000..=0x817F_FFFF).contains(handle)) {
+            return bad("tpm.ak_handle", format!("{handle:#010x} is not one of 0x81000000 to 0x817fffff"));
+        }
         self.check_monitors(path)?;
         if !(50..=3_600_000).contains(&self.vms.look_ms) {
             return bad("vms.look_ms", format!("{} is not one of 50 to 3600000", self.vms.look_ms));
@@ -424,6 +457,25 @@ mod tests {
             let err = read(&format!("{LEAST}[vms]\n{line}\n")).unwrap_err().to_string();
             assert!(err.contains(line.split(' ').next().unwrap()), "{err}");
         }
+    }
+
+    #[test]
+    fn keys_of_the_tpm() {
+        let config = read(&format!("{LEAST}ak = \"rsa-2048\"\nak_handle = 0x81010010\nek = \"ecc-p384\"\n")).unwrap();
+        let options = config.tpm.options().unwrap();
+        assert_eq!((options.ak, options.ak_handle), (AkKind::Rsa2048, Some(0x8101_0010)));
+        assert_eq!(config.tpm.ek, Some(EkKind::EccP384));
+        for (line, word) in [
+            ("ak = \"rsa-1024\"", "rsa-1024"),
+            ("ak_handle = 0x80000000", "tpm.ak_handle"),
+            ("[tpm.auth]\nplatform = \"x\"", "platform"),
+        ] {
+            let err = read(&format!("{LEAST}{line}\n")).unwrap_err().to_string();
+            assert!(err.contains(word), "{err}");
+        }
+        let missing = read(&format!("{LEAST}[tpm.auth]\nowner = \"/no/such/file\"\n")).unwrap();
+        let err = missing.tpm.options().unwrap_err().to_string();
+        assert!(err.contains("/no/such/file"), "{err}");
     }
 
     #[test]

@@ -43,7 +43,10 @@ fn known(message: &str) -> Vec<String> {
 
 /// Whether a line of the block sets the key, if only in a comment.
 fn sets(block: &str, key: &str) -> bool {
-    let line = |line: &str| line.trim_start_matches(['#', '[', ' ']).strip_prefix(key).map(str::to_owned);
+    let line = |line: &str| {
+        let line = line.trim_start_matches(['#', '[', ' ']);
+        line.strip_prefix("tpm.").unwrap_or(line).strip_prefix(key).map(str::to_owned)
+    };
     block.lines().filter_map(line).any(|rest| rest.starts_with([' ', ']', '.', '=']))
 }
 
@@ -62,6 +65,7 @@ fn every_key_of_the_configuration_is_there() {
     let text = blocks(DOC, "toml proxy").remove(0);
     for section in [
         "[tpm]",
+        "[tpm.auth]",
         "[[verifiers]]",
         "[[monitor]]",
         "[enforce]",
@@ -92,6 +96,8 @@ fn values_of_keys_that_are_left_out() {
     let least = config("host_id = \"host-7\"\n[tpm]\ntcti = \"device:/dev/tpmrm0\"\n");
     assert_eq!((&told.host_id, &told.state_dir, &told.run_dir), (&least.host_id, &least.state_dir, &least.run_dir));
     assert_eq!((told.listen, told.pcr_vm, told.pcr_guest), (least.listen, least.pcr_vm, least.pcr_guest));
+    assert_eq!(told.tpm.ak, least.tpm.ak);
+    assert!(least.tpm.ak_handle.is_none() && least.tpm.ek.is_none() && least.tpm.ek_certificate.is_none());
     assert_eq!(told.vms.look_ms, least.vms.look_ms);
     assert_eq!(told.vms.looks_per_second, least.vms.looks_per_second);
     let Guest { port, vsock, unix, collect_ms, max_entries, max_bytes } = least.guest;

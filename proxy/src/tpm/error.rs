@@ -35,8 +35,48 @@ pub enum TpmErrorKind {
         attempts: u32,
     },
     /// The TPM refuses authorisations after too many wrong ones.
-    #[error("the TPM is in dictionary-attack lock-out; `tpm2_dictionarylockout --clear-lockout` ends it")]
+    #[error(
+        "the TPM is in dictionary-attack lock-out; `tpm2_dictionarylockout --clear-lockout` ends it, and so does the \
+         proxy when the configuration's `tpm.auth` has `lockout`"
+    )]
     LockedOut,
+    /// Other programs hold all that the TPM has room for.
+    #[error(
+        "the TPM has no room (code {code:#010x}, after {attempts} attempts): other programs hold keys or sessions in \
+         it; use /dev/tpmrm0 where there is one"
+    )]
+    Full {
+        /// The TPM's last response code.
+        code: u32,
+        /// How often it was asked.
+        attempts: u32,
+    },
+    /// An authorisation value is not the right one.
+    #[error("an authorisation value is wrong (code {code:#010x}): see `tpm.auth` in the configuration")]
+    WrongAuthorisation {
+        /// The TPM's response code.
+        code: u32,
+    },
+    /// A credential that this TPM cannot open with this key.
+    #[error("the credential is for another TPM or for another attestation key (code {code:#010x})")]
+    OtherCredential {
+        /// The TPM's response code.
+        code: u32,
+    },
+    /// At the persistent handle there is something else.
+    #[error("handle {handle:#010x} is taken by another key: {why}")]
+    Taken {
+        /// The handle.
+        handle: u32,
+        /// How it differs.
+        why: &'static str,
+    },
+    /// The endorsement key that was asked for cannot be had.
+    #[error("no endorsement key: {why}")]
+    NoEndorsement {
+        /// Why.
+        why: String,
+    },
     /// The TPM no longer knows our key or session: it was restarted, or another program removed them.
     #[error(
         "the TPM no longer has our key or session (code {code:#010x}): it was restarted or another program uses it"
@@ -114,6 +154,7 @@ impl TpmErrorKind {
                 | Self::Failed { .. }
                 | Self::Tampered
                 | Self::Refused { .. }
+                | Self::WrongAuthorisation { .. }
                 | Self::Nonsense { .. }
         )
     }
@@ -134,12 +175,21 @@ impl Rc {
     /// Whether the command was not begun and may be sent again.
     pub(super) fn is_busy(self) -> bool {
         // TPM_RC_YIELDED, _TESTING, _NV_RATE, _RETRY, _NV_UNAVAILABLE (TPM 2.0 Part 2, table 16).
-        matches!(self.tpm_code(), Some(0x908 | 0x90A | 0x920 | 0x922 | 0x923))
+        matches!(self.tpm_code(), Some(0x908 | 0x90A | 0x920 | 0x922 | 0x923)) || self.is_full()
+    }
+
+    /// Whether there was no room for an object or session: others may give some back.
+    fn is_full(self) -> bool {
+        // TPM_RC_OBJECT_MEMORY, _SESSION_MEMORY, _MEMORY, _SESSION_HANDLES, _OBJECT_HANDLES.
+        matches!(self.tpm_code(), Some(0x902..=0x906))
     }
 
     /// What the code means to us; `attempts` is how often the command was sent.
     pub(super) fn kind(self, attempts: u32) -> TpmErrorKind {
         let code = self.0;
+        if self.is_full() {
+            return TpmErrorKind::Full { code, attempts };
+        }
         if self.is_busy() {
             return TpmErrorKind::Busy { code, attempts };
         }
@@ -152,12 +202,12 @@ impl Rc {
     fn tpm_kind(code: u32, tpm: u32) -> TpmErrorKind {
         const FORMAT_ONE: u32 = 0x80;
         if tpm & FORMAT_ONE != 0 {
-            // TPM_RC_HANDLE: the handle is of nothing that is loaded.
-            const HANDLE: u32 = 0x0B;
-            return if tpm & 0x3F == HANDLE {
-                TpmErrorKind::Forgotten { code }
-            } else {
-                TpmErrorKind::Refused { code }
+            return match tpm & 0x3F {
+                // TPM_RC_HANDLE: the handle is of nothing that is loaded.
+                0x0B => TpmErrorKind::Forgotten { code },
+                // TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH.
+                0x0E | 0x22 => TpmErrorKind::WrongAuthorisation { code },
+                _ => TpmErrorKind::Refused { code },
             };
         }
         match tpm {
@@ -201,7 +251,11 @@ mod tests {
         assert!(matches!(Rc(0x0007_000A).kind(1), TpmErrorKind::Gone { .. }));
         assert!(matches!(Rc(0x0000_0922).kind(8), TpmErrorKind::Busy { attempts: 8, .. }));
         assert!(matches!(Rc(0x000C_0922).kind(8), TpmErrorKind::Busy { .. }), "a resource manager's retry");
+        assert!(matches!(Rc(0x0000_0902).kind(8), TpmErrorKind::Full { attempts: 8, .. }));
+        assert!(Rc(0x000C_0903).is_busy(), "a resource manager without room for a session");
         assert!(matches!(Rc(0x0000_0921).kind(1), TpmErrorKind::LockedOut));
+        assert!(matches!(Rc(0x0000_09A2).kind(1), TpmErrorKind::WrongAuthorisation { .. }));
+        assert!(matches!(Rc(0x0000_098E).kind(1), TpmErrorKind::WrongAuthorisation { .. }));
         assert!(matches!(Rc(0x0000_0910).kind(1), TpmErrorKind::Forgotten { .. }));
         assert!(matches!(Rc(0x0000_0918).kind(1), TpmErrorKind::Forgotten { .. }));
         assert!(matches!(Rc(0x0000_018B).kind(1), TpmErrorKind::Forgotten { .. }), "TPM_RC_HANDLE of handle 1");

@@ -5,13 +5,15 @@ use std::{collections::BTreeMap, ffi::CString, fs, io, os::unix::net::UnixStream
 use onequote_evidence::{
     digest::{BankDigest, HashAlg},
     pcr::{PCR_COUNT, Register, Registers},
+    tpm::{KeyParameters, Public},
 };
 use tss_esapi::{constants::tss, tss2_esys as sys};
 
 use super::{
     Clock, Quote, Tpm, TpmError, TpmErrorKind,
     error::Rc,
-    esys::{self, Esys, Handle, Use},
+    esys::{self, Esys, Handle, Hierarchy, Use},
+    options::{AkKind, EkKind, TpmOptions},
     template,
 };
 
@@ -28,13 +30,17 @@ const VALUES_PER_READ: usize = 8;
 ///
 /// Holds one transient object (the attestation key) and one session in the TPM, and takes both away when dropped.
 pub struct EsapiTpm {
-    esys: Esys,
+    pub(super) esys: Esys,
     tcti: String,
-    session: Handle,
-    ak: Handle,
+    pub(super) session: Handle,
+    pub(super) ak: Handle,
+    /// Whether the attestation key stays in the TPM.
+    ak_stays: bool,
     ak_public: Vec<u8>,
     model: String,
     software: bool,
+    /// Whether a lock-out can be ended: the authorisation is there and was not tried yet.
+    can_unlock: bool,
 }
 
 impl EsapiTpm {
@@ -43,8 +49,17 @@ impl EsapiTpm {
     /// the session.
     ///
     /// # Errors
-    /// Also when the endorsement hierarchy is disabled or has a password.
+    /// Also when the endorsement hierarchy is disabled or has an authorisation value.
     pub fn open(tcti: &str) -> Result<Self, TpmError> {
+        Self::open_with(&TpmOptions::new(tcti))
+    }
+
+    /// The same with the operator's choice of keys and authorisations.
+    ///
+    /// # Errors
+    /// Also when an authorisation is wrong, or the attestation key's handle holds another key.
+    pub fn open_with(options: &TpmOptions) -> Result<Self, TpmError> {
+        let tcti = options.tcti.as_str();
         let fail = |command, kind| TpmError { tcti: tcti.to_owned(), command, kind };
         if !tcti.contains(':') {
             return Err(fail("connect", TpmErrorKind::BadTcti { why: "it has no `:`" }));
@@ -62,36 +77,100 @@ impl EsapiTpm {
             busy_retry(|| remove_left_overs(&mut esys)).map_err(|kind| fail("TPM2_FlushContext", kind))?;
         }
         let (model, software) = busy_retry(|| model(&mut esys)).map_err(|kind| fail("TPM2_GetCapability", kind))?;
-        let ek_template =
-            template::endorsement_key().map_err(|_| fail("key template", TpmErrorKind::Nonsense { what: "EK" }))?;
-        let ak_template =
-            template::attestation_key().map_err(|_| fail("key template", TpmErrorKind::Nonsense { what: "AK" }))?;
-
-        // The very first command that needs authorisation has no key to salt a session with yet.
-        let (ek, _) = busy_retry(|| esys.create_endorsement_primary(Handle::PASSWORD, &ek_template))
-            .map_err(|kind| fail("TPM2_CreatePrimary (endorsement key)", kind))?;
-        let session = busy_retry(|| esys.start_salted_session(ek))
-            .map_err(|kind| fail("TPM2_StartAuthSession (salted with the endorsement key)", kind))?;
-        // Only the start of a session needs the key; three transient objects may be all that a TPM can hold.
-        busy_retry(|| esys.flush(ek)).map_err(|kind| fail("TPM2_FlushContext", kind))?;
-        let (ak, ak_public) = busy_retry(|| {
-            esys.set_use(session, Use::Encrypt)?;
-            esys.create_endorsement_primary(session, &ak_template)
-        })
-        .map_err(|kind| fail("TPM2_CreatePrimary (attestation key)", kind))?;
-        let ak_public = esys::marshal_public(&ak_public).map_err(|rc| fail("TPM2B_PUBLIC", rc.kind(1)))?;
-        Ok(Self { esys, tcti: tcti.to_owned(), session, ak, ak_public, model, software })
+        set_authorisations(&mut esys, options).map_err(|rc| fail("authorisations", rc.kind(1)))?;
+        let ak_template = template::attestation_key(options.ak).map_err(|rc| fail("key template", rc.kind(1)))?;
+        let session = salted_session(&mut esys, options).map_err(|(command, kind)| fail(command, kind))?;
+        let mut tpm = Self {
+            esys,
+            tcti: tcti.to_owned(),
+            session,
+            ak: Handle::PASSWORD,
+            ak_stays: true,
+            ak_public: Vec::new(),
+            model,
+            software,
+            can_unlock: options.auth.lockout.is_some(),
+        };
+        match options.ak_handle {
+            None => (tpm.ak, tpm.ak_public, tpm.ak_stays) = tpm.make_ak(&ak_template)?,
+            Some(number) => tpm.keep_ak(number, options.ak, &ak_template)?,
+        }
+        Ok(tpm)
     }
 
-    fn call<T>(
+    /// Makes the attestation key anew: the same as always.
+    fn make_ak(&mut self, template: &sys::TPM2B_PUBLIC) -> Result<(Handle, Vec<u8>, bool), TpmError> {
+        const COMMAND: &str = "TPM2_CreatePrimary (attestation key)";
+        let (ak, public) = self.call(COMMAND, |tpm| {
+            tpm.esys.set_use(tpm.session, Use::Encrypt)?;
+            tpm.esys.create_endorsement_primary(tpm.session, template)
+        })?;
+        let public = esys::marshal_public(&public).map_err(|rc| self.error("TPM2B_PUBLIC", rc.kind(1)))?;
+        Ok((ak, public, false))
+    }
+
+    /// Takes the attestation key that is at a persistent handle, or makes it and puts it there.
+    fn keep_ak(&mut self, number: u32, kind: AkKind, template: &sys::TPM2B_PUBLIC) -> Result<(), TpmError> {
+        let there = self.call("TPM2_GetCapability (handles)", |tpm| tpm.esys.tpm_handles(number))?;
+        if !there.contains(&number) {
+            let (made, public, _) = self.make_ak(template)?;
+            let kept = self.call("TPM2_EvictControl (attestation key)", |tpm| {
+                tpm.esys.set_use(tpm.session, Use::Plain)?;
+                tpm.esys.make_persistent(tpm.session, made, number)
+            });
+            self.call("TPM2_FlushContext", |tpm| tpm.esys.flush(made))?;
+            (self.ak, self.ak_public) = (kept?, public);
+            return Ok(());
+        }
+        let (ak, described) = self.call("TPM2_ReadPublic", |tpm| {
+            let ak = tpm.esys.existing(number)?;
+            Ok((ak, tpm.esys.read_public(ak)?))
+        })?;
+        let taken = |why| TpmErrorKind::Taken { handle: number, why };
+        let public = Public::parse(&described.public);
+        let fits = match &public {
+            Ok(public) => matches!(public.key, KeyParameters::Ecc(_)) == (kind == AkKind::EccP256),
+            Err(_) => false,
+        };
+        if !fits || !public.is_ok_and(|public| public.attributes.ak_defect().is_none()) {
+            return Err(self.error("TPM2_ReadPublic", taken("it is no attestation key of the configured kind")));
+        }
+        // Elsewhere than directly under the endorsement hierarchy the TPM would mask its counters (see the module's doc).
+        let hierarchy = tss::TPM2_RH_ENDORSEMENT.to_be_bytes();
+        let digest = HashAlg::Sha256.hash_parts(&[&hierarchy, &described.name]);
+        if described.qualified_name != [&HashAlg::Sha256.tpm_id().to_be_bytes()[..], &digest].concat() {
+            return Err(self.error("TPM2_ReadPublic", taken("it is no primary key of the endorsement hierarchy")));
+        }
+        (self.ak, self.ak_public) = (ak, described.public);
+        Ok(())
+    }
+
+    pub(super) fn call<T>(
         &mut self,
         command: &'static str,
         mut send: impl FnMut(&mut Self) -> Result<T, Rc>,
     ) -> Result<T, TpmError> {
-        busy_retry(|| send(self)).map_err(|kind| self.error(command, kind))
+        let mut sent = busy_retry(|| send(self));
+        if matches!(sent, Err(TpmErrorKind::LockedOut)) && self.end_lockout()? {
+            sent = busy_retry(|| send(self));
+        }
+        sent.map_err(|kind| self.error(command, kind))
     }
 
-    fn error(&self, command: &'static str, kind: TpmErrorKind) -> TpmError {
+    /// Ends a dictionary-attack lock-out, once: with a wrong value the TPM would lock that, too, for a day.
+    fn end_lockout(&mut self) -> Result<bool, TpmError> {
+        if !std::mem::take(&mut self.can_unlock) {
+            return Ok(false);
+        }
+        self.call("TPM2_DictionaryAttackLockReset", |tpm| {
+            tpm.esys.set_use(tpm.session, Use::Plain)?;
+            tpm.esys.reset_lockout(tpm.session)
+        })?;
+        tracing::warn!("the TPM was in dictionary-attack lock-out; it was ended with the configured authorisation");
+        Ok(true)
+    }
+
+    pub(super) fn error(&self, command: &'static str, kind: TpmErrorKind) -> TpmError {
         let kind = match kind {
             TpmErrorKind::Gone { code, .. } => TpmErrorKind::Gone { code, hint: hint(&self.tcti) },
             other => other,
@@ -218,10 +297,55 @@ impl Tpm for EsapiTpm {
 impl Drop for EsapiTpm {
     fn drop(&mut self) {
         // The TPM may be gone, and the next opening removes what is left behind.
-        for handle in [self.ak, self.session] {
-            let _ = self.esys.flush(handle);
+        if !self.ak_stays {
+            let _ = self.esys.flush(self.ak);
+        }
+        let _ = self.esys.flush(self.session);
+    }
+}
+
+fn set_authorisations(esys: &mut Esys, options: &TpmOptions) -> Result<(), Rc> {
+    esys.set_authorisation(Hierarchy::Owner, &options.auth.owner)?;
+    esys.set_authorisation(Hierarchy::Endorsement, &options.auth.endorsement)?;
+    match &options.auth.lockout {
+        Some(value) => esys.set_authorisation(Hierarchy::Lockout, value),
+        None => Ok(()),
+    }
+}
+
+/// A session that is salted with an endorsement key: P-256, or RSA where the TPM has no curves.
+fn salted_session(esys: &mut Esys, options: &TpmOptions) -> Result<Handle, (&'static str, TpmErrorKind)> {
+    const CREATE: &str = "TPM2_CreatePrimary (endorsement key)";
+    const START: &str = "TPM2_StartAuthSession (salted with the endorsement key)";
+    let kind = |command| move |rc: Rc| (command, rc.kind(1));
+    // The very first command that needs authorisation has no key to salt a session with yet. A secret value must not be
+    // seen on the way, nevertheless: it goes into an HMAC.
+    let first = match options.auth.endorsement.as_slice() {
+        [] => Handle::PASSWORD,
+        _ => esys.start_unsalted_session(false).map_err(kind(START))?,
+    };
+    let mut made = Err((CREATE, TpmErrorKind::Nonsense { what: "no template" }));
+    for ek in [EkKind::EccP256, EkKind::Rsa2048] {
+        let template = ek.template(&[]).map_err(kind("key template"))?;
+        made = busy_retry(|| {
+            if first != Handle::PASSWORD {
+                esys.set_use(first, Use::Plain)?;
+            }
+            esys.create_endorsement_primary(first, &template)
+        })
+        .map_err(|kind| (CREATE, kind));
+        if !matches!(made, Err((_, TpmErrorKind::Refused { .. }))) {
+            break;
         }
     }
+    if first != Handle::PASSWORD {
+        let _ = esys.flush(first);
+    }
+    let (ek, _) = made?;
+    let session = busy_retry(|| esys.start_salted_session(ek)).map_err(|kind| (START, kind))?;
+    // Only the start of a session needs the key; three transient objects may be all that a TPM can hold.
+    busy_retry(|| esys.flush(ek)).map_err(|kind| ("TPM2_FlushContext", kind))?;
+    Ok(session)
 }
 
 /// Sends a command again, after a growing pause, while the TPM is busy.

@@ -16,6 +16,10 @@ use tss_esapi::{constants::tss, tss2_esys as sys};
 
 use super::error::Rc;
 
+mod keys;
+
+pub(super) use keys::{Hierarchy, unmarshal_template};
+
 /// A handle inside the library: of a key, a session or a permanent entity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Handle(sys::ESYS_TR);

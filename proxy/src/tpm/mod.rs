@@ -11,20 +11,23 @@
 //! `TPM2_PCR_Read` runs without a session: its values count only together with a quote over them.
 //!
 //! # The attestation key
-//! A P-256 primary key of the *endorsement* hierarchy: in the other hierarchies a TPM masks resetCount, restartCount
+//! A primary key (P-256, or RSA by choice) of the *endorsement* hierarchy: in the other hierarchies a TPM masks resetCount, restartCount
 //! and firmwareVersion of what it signs with a value of its own (TPM 2.0 Part 1, section 36.7), and the epochs of the log
 //! and the verifier's check against roll-back need the true ones. A primary key follows from the hierarchy's seed and
-//! the template alone: nothing has to be stored, and a lost state folder or a new disk does not change it.
+//! the template alone: nothing has to be stored, and a lost state folder or a new disk does not change it. Where making it
+//! takes long (RSA on a chip), the operator can have it kept at a persistent handle.
 //!
 //! # Left-overs
 //! A killed proxy leaves its objects and sessions in the TPM. Behind a resource manager (`/dev/tpmrm0`, tabrmd) they
 //! disappear with the connection. Elsewhere the next opening removes every transient object and loaded session that
 //! it finds, whoever made them: without a resource manager a TPM has one user, or none is safe.
 
+mod endorse;
 mod error;
 mod esapi;
 mod esys;
 mod noise;
+mod options;
 mod template;
 
 #[cfg(test)]
@@ -37,9 +40,11 @@ pub(crate) mod swtpm;
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
 
+pub use endorse::{Endorsement, GivenCertificate};
 pub use error::{TpmError, TpmErrorKind};
 pub use esapi::EsapiTpm;
 pub use noise::silence_tss_log;
+pub use options::{AkKind, AuthFiles, Authorisations, EkKind, TpmOptions};
 
 use onequote_evidence::{
     digest::{BankDigest, HashAlg},

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+mod keys;
+
 use super::{swtpm::Swtpm, *};
 use onequote_evidence::{
     id::Blob,
