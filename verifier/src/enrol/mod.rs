@@ -11,6 +11,6 @@ pub mod hand;
 pub(crate) mod testing;
 mod x509;
 
-pub use hand::{CERTIFICATE_FILE, EnrolError, IDENTITY_FILE, Identity, read_ak, read_enrolment};
 #[cfg(test)]
 pub(crate) use hand::self_signed;
+pub use hand::{CERTIFICATE_FILE, EnrolError, IDENTITY_FILE, Identity, read_ak, read_enrolment};

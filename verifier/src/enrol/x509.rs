@@ -135,8 +135,7 @@ impl Certificate {
         outer.finish().map_err(malformed)?;
         let tbs = TbsCertificateInner::<Raw>::from_der(&tbs_bytes).map_err(malformed)?;
         let signature = signature.as_bytes().ok_or_else(|| malformed("a signature of odd bits"))?.to_vec();
-        let (issuer, subject) =
-            (tbs.issuer().to_der().map_err(malformed)?, tbs.subject().to_der().map_err(malformed)?);
+        let (issuer, subject) = (tbs.issuer().to_der().map_err(malformed)?, tbs.subject().to_der().map_err(malformed)?);
         let certificate = Self { tbs_bytes, tbs, algorithm, signature, issuer, subject };
         certificate.check_extensions()?;
         Ok(certificate)

@@ -203,7 +203,10 @@ fn extensions_of_vendors() {
     };
     with(&[2, 5, 29, 9], &[0x30, 0]).unwrap();
     let unknown = with(&[2, 5, 29, 99], &[0x30, 0]).unwrap_err();
-    assert!(matches!(&unknown, EkError::Form { source: X509Error::Critical(id), .. } if id == "2.5.29.99"), "{unknown}");
+    assert!(
+        matches!(&unknown, EkError::Form { source: X509Error::Critical(id), .. } if id == "2.5.29.99"),
+        "{unknown}"
+    );
     // subjectAltName with a directory name of one relative name with manufacturer, model and version.
     let attribute = |last: u8, text: &str| {
         let value = [&[0x0c, text.len() as u8][..], text.as_bytes()].concat();
