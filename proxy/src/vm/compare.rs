@@ -10,12 +10,11 @@ use std::{
 };
 
 use onequote_evidence::event::{EventBody, Image, MediumChange, SnapshotLoad, SnapshotSave};
-use tokio::time::timeout;
 
 use super::{
     change::{self, CHAIN, IMAGE, LeafChanges, SNAPSHOT, UNMEASURED},
-    facts::{Drive, Facts},
-    session::{MAX_PENDING, STATE_TIMEOUT, Session},
+    facts::{Drive, Facts, run_state},
+    session::{MAX_PENDING, Session},
 };
 use crate::measure::{Kept, Leaf, MeasureError, VmMeter, drive_of};
 
@@ -63,9 +62,12 @@ impl Session {
         self.flush().await;
     }
 
-    /// Whether the process is about to end: it closes its files before.
+    /// Whether the process is about to end: it closes its files before, and answers nothing then.
     pub(super) async fn ends(&self) -> bool {
-        timeout(STATE_TIMEOUT, self.process.ended()).await.is_ok()
+        tokio::select! {
+            () = self.process.ended() => true,
+            state = run_state(&self.qmp) => state.is_err(),
+        }
     }
 
     async fn differences(&mut self) -> Result<Vec<EventBody>, MeasureError> {

@@ -12,12 +12,11 @@ use onequote_evidence::event::{CrashCause, GapReason, LogGap, StopCause, VmCrash
 use qapi::qmp::Event as Known;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::time::timeout;
 
 use super::{
     facts::run_state,
     registry::NoticeKind,
-    session::{MAX_PENDING, STATE_TIMEOUT, Session},
+    session::{MAX_PENDING, Session},
 };
 use crate::{qmp, rate::Bucket};
 
@@ -155,11 +154,11 @@ impl Session {
         self.recheck |= !is_chatter(&known);
         match known {
             Known::STOP { .. } => {
-                let state = timeout(STATE_TIMEOUT, run_state(&self.qmp)).await;
-                let state = match state.ok().and_then(Result::ok) {
-                    Some(state) if state == "running" => self.past_state(),
-                    Some(state) => state,
-                    None => "paused".to_owned(),
+                // Not by a time: while QEMU saves or loads a VM's state it answers nothing, however long that takes.
+                let state = match run_state(&self.qmp).await {
+                    Ok(state) if state != "running" => state,
+                    // It was over before QEMU could be asked, or QEMU does not answer at all.
+                    Ok(_) | Err(_) => self.past_state(),
                 };
                 self.paused(state).await;
             }
@@ -339,7 +338,7 @@ impl Session {
             #[serde(rename = "type")]
             kind: String,
         }
-        let jobs = timeout(STATE_TIMEOUT, self.qmp.call::<Vec<JobInfo>>("query-jobs", json!({}))).await.ok()?.ok()?;
+        let jobs = self.qmp.call::<Vec<JobInfo>>("query-jobs", json!({})).await.ok()?;
         Some(jobs.into_iter().filter(|job| job.kind == "snapshot-load").map(|job| job.id).collect())
     }
 

@@ -43,8 +43,8 @@ const RESETS: u32 = 1024;
 /// How long it takes until one more is logged.
 const RESETS_REFILL: Duration = Duration::from_secs(5);
 
-/// How long QEMU may take to tell its run state when it just changed.
-pub(super) const STATE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a process that has ended is listened to, should somebody else hold its end of the monitor.
+const LAST_WORDS: Duration = Duration::from_secs(30);
 
 pub(super) struct Session {
     pub(super) env: Arc<Env>,
@@ -173,7 +173,7 @@ impl Session {
                 () = self.process.ended() => {
                     // What it said last may still be on the way; its end closes the monitor.
                     let rest = async { while let Ok(event) = self.events.next().await { self.take_event(event).await; } };
-                    let _ = timeout(STATE_TIMEOUT, rest).await;
+                    let _ = timeout(LAST_WORDS, rest).await;
                     break;
                 }
                 Some(answer) = self.retries.recv() => self.retry(answer).await,
