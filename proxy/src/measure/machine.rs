@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use super::Arguments;
 use crate::qmp::{Qmp, QmpError};
 
+/// The machine without a default firmware to be told.
+const MICROVM: &str = "microvm";
+
 /// Properties of `/machine` that name what is loaded. Empty strings stand for nothing given.
 ///
 /// Once a guest runs these are claims only: `qom-set` changes them without effect.
@@ -20,9 +23,12 @@ pub struct Machine {
     pub initrd: String,
     /// The kernel's command line.
     pub append: String,
-    /// The firmware's file as it was given, or the machine's default; empty when firmware is in pflash, which is
-    /// measured as an image, or when there is none.
+    /// The firmware's file as the machine tells it.
     pub firmware: String,
+    /// The block node of the firmware in pflash, which is measured as an image.
+    pub pflash: String,
+    /// `off` where the machine's default firmware depends on that, and it goes without ACPI.
+    pub acpi: String,
 }
 
 impl Machine {
@@ -31,52 +37,78 @@ impl Machine {
     /// # Errors
     /// When QEMU does not answer.
     pub async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
-        let kind = text(qmp, "type").await?;
+        let nothing = Self::default();
+        let (kind, pflash, loaded) = tokio::try_join!(text(qmp, "type"), text(qmp, "pflash0"), nothing.again(qmp))?;
         let machine = kind.strip_suffix("-machine").unwrap_or(&kind).to_owned();
-        let mut firmware = text(qmp, "firmware").await?;
-        if !text(qmp, "pflash0").await?.is_empty() {
-            firmware.clear();
-        } else if firmware.is_empty() && machine == "microvm" {
+        let asks = machine == MICROVM && loaded.firmware.is_empty();
+        let acpi = if asks { text(qmp, "acpi").await? } else { String::new() };
+        Ok(Self { machine, pflash, acpi, ..loaded })
+    }
+
+    /// Asks again for what `qom-set` changes.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn again(&self, qmp: &Qmp) -> Result<Self, QmpError> {
+        let (kernel, initrd, append, firmware) =
+            tokio::try_join!(text(qmp, "kernel"), text(qmp, "initrd"), text(qmp, "append"), text(qmp, "firmware"))?;
+        Ok(Self { kernel, initrd, append, firmware, ..self.clone() })
+    }
+
+    /// The file of its firmware, as QEMU looks it up: as it was given, or the machine's default. None when firmware is in
+    /// pflash, or when there is none.
+    #[must_use]
+    pub fn firmware_file(&self) -> Option<&str> {
+        if !self.pflash.is_empty() {
+            None
+        } else if !self.firmware.is_empty() {
+            Some(&self.firmware)
+        } else if self.machine == MICROVM {
             // It says nothing of its default. QEMU hw/i386/microvm.c, microvm_memory_init.
-            firmware = if text(qmp, "acpi").await? == "off" { "qboot.rom" } else { "bios-microvm.bin" }.to_owned();
+            Some(if self.acpi == "off" { "qboot.rom" } else { "bios-microvm.bin" })
+        } else {
+            None
         }
-        Ok(Self {
-            machine,
-            kernel: text(qmp, "kernel").await?,
-            initrd: text(qmp, "initrd").await?,
-            append: text(qmp, "append").await?,
-            firmware,
-        })
     }
 }
 
-/// The accelerator: `kvm`, `tcg`, or what the arguments ask for where QEMU does not tell (`xen`, `hvf`).
-///
-/// # Errors
-/// When QEMU does not answer.
-pub async fn accelerator(qmp: &Qmp, given: &Arguments) -> Result<String, QmpError> {
-    if qmp.execute(qapi::qmp::query_kvm {}).await?.enabled {
-        return Ok("kvm".to_owned());
+/// What executes the guest, and whether it has executed anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Execution {
+    /// `kvm`, `tcg`, or what the arguments ask for where QEMU does not tell (`xen`, `hvf`).
+    pub accelerator: String,
+    /// Whether the guest has executed anything, where QEMU tells. A VM that waits in `prelaunch` has not, unless somebody
+    /// let it run, stopped it and reset it: QEMU puts it back into `prelaunch` then (`softmmu/runstate.c`,
+    /// `main_loop_should_exit`).
+    pub has_run: Option<bool>,
+}
+
+impl Execution {
+    /// Asks QEMU.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn ask(qmp: &Qmp, given: &Arguments) -> Result<Self, QmpError> {
+        if let Some(text) = jit(qmp).await? {
+            return Ok(Self { accelerator: "tcg".to_owned(), has_run: jit_has_run(&text) });
+        }
+        let (kvm, has_run) = tokio::try_join!(qmp.execute(qapi::qmp::query_kvm {}), came_back(qmp))?;
+        let accelerator = if kvm.enabled { "kvm".to_owned() } else { asked_for(given) };
+        Ok(Self { accelerator, has_run })
     }
-    if jit(qmp).await?.is_some() {
-        return Ok("tcg".to_owned());
-    }
+}
+
+/// The accelerator that arguments ask for where QEMU tells that it is not KVM.
+fn asked_for(given: &Arguments) -> String {
     let asked = given.of_machine("accel", "accel").last().cloned().unwrap_or_default();
     let first = asked.split(',').next().unwrap_or_default();
-    // Several stand for the first one that works; that KVM does not was told above.
+    // Several stand for the first one that works; that KVM does not was told.
     let rest: Vec<&str> = first.split(':').filter(|name| !name.is_empty() && *name != "kvm").collect();
-    Ok(if rest.is_empty() { "tcg".to_owned() } else { rest.join(":") })
+    if rest.is_empty() { "tcg".to_owned() } else { rest.join(":") }
 }
 
-/// Whether the guest has executed anything, where QEMU tells. A VM that waits in `prelaunch` has not, unless somebody let
-/// it run, stopped it and reset it: QEMU puts it back into `prelaunch` then (`softmmu/runstate.c`, `main_loop_should_exit`).
-///
-/// # Errors
-/// When QEMU does not answer.
-pub async fn has_run(qmp: &Qmp) -> Result<Option<bool>, QmpError> {
-    if let Some(text) = jit(qmp).await? {
-        return Ok(jit_has_run(&text));
-    }
+/// Whether a processor ever came back from the guest under KVM.
+async fn came_back(qmp: &Qmp) -> Result<Option<bool>, QmpError> {
     let stats = json!({"target": "vcpu", "providers": [{"provider": "kvm", "names": ["exits"]}]});
     match qmp.call::<Value>("query-stats", stats).await {
         Ok(stats) => Ok(exits(&stats).map(|exits| exits > 0)),

@@ -12,7 +12,7 @@ const MAX_ROMS: usize = 256;
 /// The names of all option ROMs, as QEMU looks them up, each once.
 pub(super) async fn ask(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
     let ask = async |line: &str| qmp.call::<String>("human-monitor-command", json!({"command-line": line})).await;
-    let (devices, roms) = (ask("info qtree").await?, ask("info roms").await?);
+    let (devices, roms) = tokio::try_join!(ask("info qtree"), ask("info roms"))?;
     let mut names: Vec<String> = of_devices(&devices).chain(of_machine(&roms)).map(str::to_owned).collect();
     names.sort_unstable();
     names.dedup();

@@ -19,6 +19,7 @@ use tokio::io::AsyncReadExt;
 
 use super::{
     Arguments, BlockGraph, Digester, Held, Leaf, Lookup, MeasureError, MeasureErrorKind, MeasuredFile, Process,
+    Program, Told,
     args::{absolute, in_data_dirs},
     file::{measure_open, measure_path, newest_link, open},
     loaded, roms,
@@ -90,13 +91,19 @@ pub struct VmMeter<'a> {
 }
 
 impl VmMeter<'_> {
-    /// Measures all.
+    /// Measures all. `graph` is the block graph, if QEMU has just told it; `program` the digest of its program, if it was
+    /// begun.
     ///
     /// # Errors
     /// The first item that could not be measured.
-    pub async fn measure(&self) -> Result<Measurement, MeasureError> {
-        let components = self.components().await?;
-        self.with_images(components).await
+    pub async fn measure(
+        &self,
+        told: &Told,
+        graph: Option<BlockGraph>,
+        program: Option<Program>,
+    ) -> Result<Measurement, MeasureError> {
+        let components = self.components(told, program).await?;
+        self.with_images(components, graph).await
     }
 
     /// Measures all of a VM whose state came from elsewhere: what its guest booted from, and what its memory holds, has
@@ -104,28 +111,37 @@ impl VmMeter<'_> {
     ///
     /// # Errors
     /// As [`Self::measure`].
-    pub async fn measure_arrived(&self) -> Result<Measurement, MeasureError> {
-        let components = VmMeter { hot: true, ..*self }.components().await?;
-        self.with_images(components).await
+    pub async fn measure_arrived(&self, told: &Told, program: Option<Program>) -> Result<Measurement, MeasureError> {
+        let components = VmMeter { hot: true, ..*self }.components(told, program).await?;
+        self.with_images(components, None).await
     }
 
-    async fn components(&self) -> Result<Vec<Component>, MeasureError> {
+    async fn components(&self, told: &Told, program: Option<Program>) -> Result<Vec<Component>, MeasureError> {
         let given = self.given().await?;
+        self.must_be_who_it_seems(&given, told)?;
         // QEMU's program is long to read, and its monitor long to answer: neither waits for the other.
+        let program = Program::measured(program, self.process, self.digester);
+        let roms = async { roms::ask(self.qmp).await.map_err(|e| MeasureError::of("option ROMs", e)) };
         let parts = async {
-            let machine = self.must_be_who_it_seems(&given).await?;
             let mut parts = self.arguments(&given).await?;
-            parts.extend(self.loaded(&given, machine).await?);
-            let roms = self.option_roms(&given, &parts).await?;
-            parts.extend(roms);
+            parts.extend(self.loaded(&given, told).await?);
             Ok(parts)
         };
-        let (program, parts) = tokio::try_join!(self.program_part(), parts)?;
+        let (program, roms, mut parts) = tokio::try_join!(program, roms, parts)?;
+        let roms = self.option_roms(&given, &parts, roms).await?;
+        parts.extend(roms);
         Ok(std::iter::once(program).chain(parts).collect())
     }
 
-    async fn with_images(&self, components: Vec<Component>) -> Result<Measurement, MeasureError> {
-        let leaves = self.leaves(&[]).await?;
+    async fn with_images(
+        &self,
+        components: Vec<Component>,
+        graph: Option<BlockGraph>,
+    ) -> Result<Measurement, MeasureError> {
+        let leaves = match graph {
+            Some(graph) => self.leaves_of(&graph, &[]).await?,
+            None => self.leaves(&[]).await?,
+        };
         let (images, kept) = self.measure_leaves(&leaves).await?;
         Ok(Measurement { components, images, kept, leaves })
     }
@@ -142,16 +158,6 @@ impl VmMeter<'_> {
             given.add_config(&read_config(&absolute(&dir, &config)).await?);
         }
         Ok(given)
-    }
-
-    /// QEMU's program.
-    async fn program_part(&self) -> Result<Component, MeasureError> {
-        let role = Role::QemuBinary;
-        let program = self.program()?;
-        let fail = |kind: MeasureErrorKind| MeasureError::new(role.word(), &program, kind);
-        let file = self.process.open_program().map_err(|e| fail(e.into()))?;
-        let measured = measure_open(self.digester, file, FileDigestAlg::Sha256, false, None).await.map_err(fail)?;
-        Ok(file_component(role, &program, &measured))
     }
 
     /// QEMU's arguments and the files that they name.
@@ -179,9 +185,13 @@ impl VmMeter<'_> {
     }
 
     /// Option ROMs that are not among the parts yet.
-    async fn option_roms(&self, given: &Arguments, parts: &[Component]) -> Result<Vec<Component>, MeasureError> {
+    async fn option_roms(
+        &self,
+        given: &Arguments,
+        parts: &[Component],
+        names: Vec<String>,
+    ) -> Result<Vec<Component>, MeasureError> {
         let role = Role::Firmware;
-        let names = roms::ask(self.qmp).await.map_err(|e| MeasureError::of("option ROMs", e))?;
         let (dir, program) = (self.working_dir()?, self.program()?);
         let mut components: Vec<Component> = Vec::new();
         for name in names {
@@ -361,7 +371,7 @@ async fn read_config(path: &Path) -> Result<Vec<u8>, MeasureError> {
     Ok(text)
 }
 
-fn file_component(role: Role, path: &Path, measured: &MeasuredFile) -> Component {
+pub(super) fn file_component(role: Role, path: &Path, measured: &MeasuredFile) -> Component {
     let path = path.to_string_lossy().into_owned();
     Component { role, path, size: measured.size, digest: measured.digest, text: None, memory: None }
 }

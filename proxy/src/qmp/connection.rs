@@ -111,10 +111,16 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]; [`QmpError::is_not_listening`] holds when nobody listens there (yet).
     pub async fn connect(path: &Path, limits: &Limits) -> Result<(Self, Events), QmpError> {
-        let stream = timeout(limits.greeting, UnixStream::connect(path))
-            .await
-            .map_err(|_| QmpError::NoGreeting(limits.greeting))??;
-        Self::negotiate(stream, limits).await
+        Self::negotiate(Self::open(path, limits).await?, limits).await
+    }
+
+    /// Connects to the monitor at `path`. QEMU listens long before it greets: who listens is known then.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn open(path: &Path, limits: &Limits) -> Result<UnixStream, QmpError> {
+        let stream = timeout(limits.greeting, UnixStream::connect(path)).await;
+        Ok(stream.map_err(|_| QmpError::NoGreeting(limits.greeting))??)
     }
 
     /// Negotiates on a connected socket.
@@ -122,7 +128,7 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`].
     pub async fn negotiate(stream: UnixStream, limits: &Limits) -> Result<(Self, Events), QmpError> {
-        let peer = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        let peer = listener(&stream)?;
         let (read, write) = stream.into_split();
         let mut lines = LineReader::new(read, limits.line);
         let greeting = timeout(limits.greeting, lines.next())
@@ -261,6 +267,11 @@ impl Qmp {
         }
         answered.await.map_err(|_| self.shared.why_closed())
     }
+}
+
+/// The process id of who listens at the other end, as the kernel knows it (`SO_PEERCRED`).
+pub(crate) fn listener(stream: &UnixStream) -> Result<Option<u32>, QmpError> {
+    Ok(stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()))
 }
 
 /// A whole command line on its way to QEMU.

@@ -34,6 +34,7 @@ mod tests;
 
 use std::time::Duration;
 
+pub(crate) use connection::listener;
 pub use connection::{Answer, ErrorBody, Passed, Qmp, Tap, WeakQmp};
 pub use error::QmpError;
 pub use events::{Event, Events};

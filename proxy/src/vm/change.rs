@@ -50,7 +50,7 @@ pub(super) fn outline(before: &Facts, now: &Facts) -> Vec<ConfigChange> {
         before.iter().filter(|d| !now.contains(d)).for_each(|gone| add(word(gone), gone, ""));
         now.iter().filter(|d| !before.contains(d)).for_each(|new| add(word(new), "", new));
     }
-    for (what, (before, now)) in Facts::loaded_words().into_iter().zip(before.loaded.iter().zip(&now.loaded)) {
+    for ((what, before), (_, now)) in before.loaded().into_iter().zip(now.loaded()) {
         add(what, before, now);
     }
     changes

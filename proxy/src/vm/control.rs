@@ -212,7 +212,9 @@ impl Session {
         if !self.flush().await {
             return Err(self.log_error.clone().unwrap_or_default());
         }
-        self.facts = Facts::ask(&self.qmp).await.map_err(|e| format!("the monitor of {}: {e}", self.name))?;
+        let asked = Facts::ask(&self.qmp).await;
+        let (facts, graph) = asked.map_err(|e| format!("the monitor of {}: {e}", self.name))?;
+        (self.facts, self.graph) = (facts, Some(graph));
         tracing::info!(vm = %self.name, "looked at again");
         self.error = None;
         self.assess(Occasion::Retry).await;

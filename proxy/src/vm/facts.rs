@@ -12,16 +12,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    measure::{BlockGraph, Content, Machine, slot_name},
+    measure::{BlockGraph, Content, Machine, Told, slot_name},
     qmp::{Qmp, QmpError},
 };
 
 /// Folders of QEMU's object tree that hold devices.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
-
-/// Properties of the machine that say what it loaded: the word for a change, and QEMU's.
-const LOADED: [(&str, &str); 4] =
-    [("kernel", "kernel"), ("initrd", "initrd"), ("kernel-cmdline", "append"), ("firmware", "firmware")];
 
 /// Objects that reach out of QEMU, and the property that says where to.
 const REACHING: [(&str, &str); 5] = [
@@ -39,10 +35,15 @@ pub(super) struct Facts {
     pub(super) run_state: String,
     /// The UUID, if QEMU was given one.
     pub(super) uuid: Option<VmId>,
-    pub(super) machine: String,
+    /// The name that it was given; empty when there is none.
+    pub(super) name: String,
+    /// The machine, and what it says it loaded.
+    pub(super) machine: Machine,
     /// Bytes, hot-plugged memory included.
     pub(super) memory: u64,
     pub(super) cpus: u32,
+    /// Whether they are x86.
+    pub(super) x86: bool,
     pub(super) accelerator: String,
     pub(super) guest_cid: Option<u64>,
     /// A vsock device whose back end is another process, which alone knows the CID.
@@ -57,8 +58,6 @@ pub(super) struct Facts {
     pub(super) netdevs: Vec<String>,
     /// Block nodes that others can reach: `id:type node`, in ascending order.
     pub(super) exports: Vec<String>,
-    /// What the machine says it loaded, in the order of [`LOADED`].
-    pub(super) loaded: [String; 4],
     /// Drives whose medium can be changed, by their backends' names.
     pub(super) drives: BTreeMap<String, Drive>,
     /// What is in each slot, as the guest sees it. Empty when the block graph is not understood.
@@ -74,30 +73,29 @@ pub(super) struct Drive {
 }
 
 impl Facts {
-    /// Asks for everything.
-    pub(super) async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
+    /// Asks for everything but the accelerator; and for the block graph, which belongs to the same look.
+    pub(super) async fn ask(qmp: &Qmp) -> Result<(Self, BlockGraph), QmpError> {
         let uuid = qmp.execute(qmp::query_uuid {});
-        let kvm = qmp.execute(qmp::query_kvm {});
-        let (uuid, kvm, machine) = tokio::try_join!(uuid, kvm, Machine::ask(qmp))?;
+        let name = qmp.call::<Value>("query-name", json!({}));
+        let nothing = Self::nothing();
+        let look = nothing.look(qmp, Machine::ask(qmp));
+        let (uuid, name, (look, graph)) = tokio::try_join!(uuid, name, look)?;
         let uuid = uuid.UUID.parse().ok().filter(|id: &VmId| !id.0.is_nil());
-        let fixed = Self::new(uuid, machine.machine, if kvm.enabled { "kvm" } else { "tcg" });
-        Ok(fixed.again(qmp).await?.0)
+        let name = name["name"].as_str().unwrap_or_default().to_owned();
+        Ok((Self { uuid, name, ..look }, graph))
     }
 
     /// A VM of which nothing is known.
-    #[cfg(test)]
     pub(super) fn nothing() -> Self {
-        Self::new(None, String::new(), "tcg")
-    }
-
-    fn new(uuid: Option<VmId>, machine: String, accelerator: &str) -> Self {
         Self {
             run_state: String::new(),
-            uuid,
-            machine,
+            uuid: None,
+            name: String::new(),
+            machine: Machine::default(),
             memory: 0,
             cpus: 0,
-            accelerator: accelerator.to_owned(),
+            x86: false,
+            accelerator: String::new(),
             guest_cid: None,
             vhost_user_vsock: false,
             devices: Vec::new(),
@@ -105,7 +103,6 @@ impl Facts {
             chardevs: Vec::new(),
             netdevs: Vec::new(),
             exports: Vec::new(),
-            loaded: Default::default(),
             drives: BTreeMap::new(),
             contents: BTreeMap::new(),
         }
@@ -113,18 +110,31 @@ impl Facts {
 
     /// Asks again for what can change; and for the block graph, which belongs to the same look.
     pub(super) async fn again(&self, qmp: &Qmp) -> Result<(Self, BlockGraph), QmpError> {
+        self.look(qmp, self.machine.again(qmp)).await
+    }
+
+    /// What QEMU said of itself, for what is measured.
+    pub(super) fn told(&self) -> Told {
+        let Self { machine, uuid, name, x86, .. } = self.clone();
+        Told { machine, uuid, name, x86 }
+    }
+
+    async fn look(
+        &self,
+        qmp: &Qmp,
+        machine: impl Future<Output = Result<Machine, QmpError>>,
+    ) -> Result<(Self, BlockGraph), QmpError> {
         let list = async |path: &'static str| match qmp.execute(qmp::qom_list { path: path.to_owned() }).await {
             // A folder of QEMU's object tree comes with the first object in it.
             Err(e) if e.is_not_found() => Ok(Vec::new()),
             other => other,
         };
-        let loaded = |n: usize| text(qmp, LOADED[n].1);
         let exports = async { optional(qmp.call::<Vec<Export>>("query-block-exports", json!({})).await) };
-        let (run_state, memory, cpus, graph, drives, exports, netdevs, devices, anonymous, objects, chardevs, loaded) =
+        let (run_state, memory, cpus, graph, drives, exports, netdevs, devices, anonymous, objects, chardevs, machine) =
             tokio::try_join!(
                 run_state(qmp),
                 qmp.execute(qmp::query_memory_size_summary {}),
-                qmp.call::<Vec<serde::de::IgnoredAny>>("query-cpus-fast", json!({})),
+                qmp.call::<Vec<Cpu>>("query-cpus-fast", json!({})),
                 BlockGraph::ask(qmp),
                 qmp.call::<Vec<Block>>("query-block", json!({})),
                 exports,
@@ -133,18 +143,19 @@ impl Facts {
                 list(DEVICES[1]),
                 list("/objects"),
                 list("/chardevs"),
-                async { tokio::try_join!(loaded(0), loaded(1), loaded(2), loaded(3)) },
+                machine,
             )?;
         let mut facts = Self {
             run_state,
             memory: memory.base_memory.saturating_add(memory.plugged_memory.unwrap_or(0)),
             cpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
+            x86: cpus.iter().any(|cpu| matches!(cpu.target.as_str(), "x86_64" | "i386")),
+            machine,
             devices: Vec::new(),
             objects: Vec::new(),
             chardevs: children(&chardevs).map(|(name, kind)| format!("{name}:{kind}")).collect(),
             netdevs,
             exports: exports.into_iter().map(|e| format!("{}:{} {}", e.id, e.kind, e.node)).collect(),
-            loaded: loaded.into(),
             drives: drives.into_iter().filter_map(Block::drive).collect(),
             contents: graph.contents().unwrap_or_default(),
             guest_cid: None,
@@ -210,9 +221,10 @@ impl Facts {
         }
     }
 
-    /// What [`Self::loaded`] is called in the log.
-    pub(super) fn loaded_words() -> [&'static str; 4] {
-        LOADED.map(|(word, _)| word)
+    /// What the machine says it loaded, under the word for a change of it.
+    pub(super) fn loaded(&self) -> [(&'static str, &str); 4] {
+        let Machine { kernel, initrd, append, firmware, .. } = &self.machine;
+        [("kernel", kernel), ("initrd", initrd), ("kernel-cmdline", append), ("firmware", firmware)]
     }
 
     /// The tags of snapshots from which the VM could be put back, each once.
@@ -240,16 +252,6 @@ pub(super) async fn run_state(qmp: &Qmp) -> Result<String, QmpError> {
         status: String,
     }
     Ok(qmp.call::<Status>("query-status", json!({})).await?.status)
-}
-
-/// A property of the machine; empty when the machine has none of that name.
-async fn text(qmp: &Qmp, property: &str) -> Result<String, QmpError> {
-    let get = qmp::qom_get { path: "/machine".to_owned(), property: property.to_owned() };
-    match qmp.execute(get).await {
-        Ok(Value::String(text)) => Ok(text),
-        Ok(_) | Err(QmpError::Refused { .. }) => Ok(String::new()),
-        Err(e) => Err(e),
-    }
 }
 
 /// An answer, or nothing where QEMU was built without the command.
@@ -288,6 +290,13 @@ fn parse_netdevs(text: &str) -> Vec<String> {
         }
     }
     netdevs
+}
+
+/// What is needed of `query-cpus-fast`. `qapi`'s type knows the architectures of one version.
+#[derive(Deserialize)]
+struct Cpu {
+    #[serde(default)]
+    target: String,
 }
 
 #[derive(Deserialize)]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -31,8 +31,8 @@ use super::{
 use crate::{
     intercept,
     inventory::Inventory,
-    measure::{self, Digester, MeasureError, Process},
-    qmp::{self, Qmp},
+    measure::{self, Digester, MeasureError, Process, Program},
+    qmp::{self, Events, Qmp, QmpError, listener},
     rate::Bucket,
     sink::EventSink,
 };
@@ -345,9 +345,10 @@ async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<(
     if let Some((_, named)) = env.config.extra.iter().find(|(other, socket)| *other == name && *socket != path) {
         return trouble(format!("the configuration says that {name} has the monitor {}", named.display()));
     }
+    let mut first = true;
     while socket_id(&path) == Some(id) {
-        match Qmp::connect(&path, &env.limits(&name)).await {
-            Ok(monitor) => match Session::meet(Arc::clone(&env), name.clone(), path.clone(), monitor).await {
+        match connect(&env, &name, &path, std::mem::take(&mut first)).await {
+            Ok((monitor, program)) => match Session::meet(&env, name.clone(), path.clone(), monitor, program).await {
                 Ok(mut session) => {
                     env.registry.trouble(&path, None);
                     session.meeting = meeting;
@@ -356,6 +357,7 @@ async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<(
                 Err(e) => trouble(e.to_string()),
             },
             Err(e) if e.is_not_listening() => {
+                first = true;
                 meeting = None;
                 if since.elapsed() > env.config.accept {
                     tracing::debug!(socket = %path.display(), "nobody listens: left over from a QEMU that ended");
@@ -375,6 +377,21 @@ async fn serve(env: Arc<Env>, socket: Socket, mut meeting: Option<mpsc::Sender<(
     if socket_id(&path).is_none() {
         env.registry.trouble(&path, None);
     }
+}
+
+/// Connects to a monitor. QEMU listens long before it answers: if this is the `first` try, the digest of its program is begun
+/// meanwhile. Monitors that stay silent are tried again and again.
+async fn connect(
+    env: &Env,
+    name: &str,
+    path: &Path,
+    first: bool,
+) -> Result<((Qmp, Events), Option<Program>), QmpError> {
+    let limits = env.limits(name);
+    let stream = Qmp::open(path, &limits).await?;
+    let process = if first { listener(&stream)?.and_then(|pid| Process::open(pid).ok()) } else { None };
+    let program = process.map(|process| Program::begin(&process, &env.digester));
+    Ok((Qmp::negotiate(stream, &limits).await?, program))
 }
 
 /// Logs the end of a session that the log left open, when nobody else will.

@@ -123,10 +123,13 @@ impl Session {
         if gated {
             self.set_gate(Gate::Measuring);
         }
+        // What it said when it was met is true still, but for the block graph.
+        let (told, program) = (self.facts.told(), self.program.take());
+        self.graph = None;
         let measured = tokio::select! {
             biased;
             () = self.process.ended() => return,
-            measured = async { self.meter(runs).measure_arrived().await } => measured,
+            measured = async { self.meter(runs).measure_arrived(&told, program).await } => measured,
         };
         match measured {
             Err(e) => self.refuse(e.cause(), e.to_string(), e.item).await,

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     intercept::Door,
-    measure::{Kept, Leaf, MeasureError, Process},
+    measure::{BlockGraph, Kept, Leaf, MeasureError, Process, Program},
     qmp::{Events, Qmp, QmpError},
     rate::Bucket,
 };
@@ -55,6 +55,10 @@ pub(super) struct Session {
     pub(super) qmp: Qmp,
     pub(super) events: Events,
     pub(super) facts: Facts,
+    /// The block graph as it belongs to `facts`, until it was measured.
+    pub(super) graph: Option<BlockGraph>,
+    /// The digest of its program, until it was measured.
+    pub(super) program: Option<Program>,
     pub(super) depth: Depth,
     /// Other ways to command it, as they were when it was met.
     pub(super) monitors: Vec<String>,
@@ -95,17 +99,20 @@ pub(super) struct Session {
 impl Session {
     /// Learns who is behind a monitor.
     pub(super) async fn meet(
-        env: Arc<Env>,
+        env: &Arc<Env>,
         name: String,
         socket: PathBuf,
         (qmp, events): (Qmp, Events),
+        program: Option<Program>,
     ) -> Result<Self, MeasureError> {
+        let env = Arc::clone(env);
         let gone = || std::io::Error::other("the monitor's process is not to be found");
         let pid = qmp.peer_pid().ok_or_else(|| MeasureError::of("process", gone()))?;
         let process = Process::open(pid).map_err(|e| MeasureError::of("process", e))?;
+        let program = program.unwrap_or_else(|| Program::begin(&process, &env.digester));
         let met = env.registry.meet(pid);
-        tell_of_migrations(&qmp).await;
-        let facts = Facts::ask(&qmp).await.map_err(|e| MeasureError::of("monitor", e))?;
+        let ((), facts) = tokio::join!(tell_of_migrations(&qmp), Facts::ask(&qmp));
+        let (facts, graph) = facts.map_err(|e| MeasureError::of("monitor", e))?;
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
         let (asks, retries) = mpsc::channel(1);
@@ -121,6 +128,8 @@ impl Session {
             qmp,
             events,
             facts,
+            graph: Some(graph),
+            program: Some(program),
             depth: Depth::Observe,
             monitors: Vec::new(),
             measured: false,
@@ -216,8 +225,8 @@ impl Session {
                 continue;
             }
             tell_of_migrations(&qmp).await;
-            let Ok(facts) = Facts::ask(&qmp).await else { continue };
-            (self.qmp, self.events, self.facts) = (qmp, events, facts);
+            let Ok((facts, graph)) = Facts::ask(&qmp).await else { continue };
+            (self.qmp, self.events, self.facts, self.graph) = (qmp, events, facts, Some(graph));
             self.error = None;
             self.offer_control();
             self.open_door();

@@ -1,4 +1,17 @@
 //! The first look at a session, and each look anew after a gap: measure, log, let run.
+//!
+//! # What is asked when
+//! Between QEMU's start with `-S` and `cont` each question costs some 0.4 ms, whether many are asked at once or not: it is QEMU's
+//! own cost. So each thing is asked once, but for what must be known to be so *still*:
+//!
+//! - When the VM is met, all at once: who it is, what its machine loads, the outline and the block graph ([`Facts::ask`]). That is
+//!   what is measured, and what later looks are held against; a block graph that changes before `cont` is found there.
+//! - Then, since the arguments say how to take it: what executes it, whether it has run, and who else commands it.
+//! - While it is measured: where in QEMU its memory lies, and its option ROMs.
+//! - Before that is logged, its run state: the log must not say that a VM *starts* that somebody let run meanwhile.
+//! - When it is in the log, block graph and run state once more: nothing else of what was measured can change while the guest
+//!   waits (what QEMU has read it has read, arguments and program are the process's), and an answer before the log had it
+//!   would leave open what happened while the TPM was waited for.
 
 use std::{
     sync::PoisonError,
@@ -18,7 +31,7 @@ use super::{
     session::Session,
 };
 use crate::intercept::Gate;
-use crate::measure::{self, MeasureError, Measurement, VmMeter};
+use crate::measure::{self, Execution, MeasureError, Measurement};
 
 /// Why a session is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +71,8 @@ impl Session {
         if gate {
             self.set_gate(Gate::Measuring);
         }
-        if let Err(other) = self.enter().await {
+        let entered = self.enter().await;
+        if let Err(other) = entered {
             self.head(occasion);
             let reason = format!(
                 "{} (process {}) has the UUID {} of {} (process {}), which is there already",
@@ -84,11 +98,12 @@ impl Session {
             self.set_gate(Gate::Open);
         }
         self.meeting = None;
+        let (told, graph, program) = (self.facts.told(), self.graph.take(), self.program.take());
         let measured = tokio::select! {
             biased;
             // There is nothing left to measure or to let run; the life of the session goes on to its end.
             () = self.process.ended() => return,
-            measured = self.measure(!gate) => measured,
+            measured = async { self.meter(!gate).measure(&told, graph, program).await } => measured,
         };
         if gate {
             if !self.waits_still().await {
@@ -106,7 +121,7 @@ impl Session {
     }
 
     /// Enters the registry. Waits for an earlier session of the same VM that is ending.
-    async fn enter(&self) -> Result<(), Box<LiveVm>> {
+    async fn enter(&mut self) -> Result<(), Box<LiveVm>> {
         loop {
             let Err(other) = self.env.registry.enter(self.status(Stage::Measuring)) else { return Ok(()) };
             let lives = measure::process::start_time(other.pid)
@@ -115,6 +130,8 @@ impl Session {
                 let _ = self.env.registry.enter(self.status(Stage::Refused));
                 return Err(other);
             }
+            // That may take long.
+            self.graph = None;
             tokio::select! {
                 () = self.env.registry.gone(other.vm) => {}
                 // Whoever ends while waiting has nothing to be logged; the next call of anything finds that out.
@@ -135,7 +152,7 @@ impl Session {
                 depth: self.depth,
                 uuid_given: self.facts.uuid.is_some(),
                 qemu: self.qmp.version(),
-                machine: self.facts.machine.clone(),
+                machine: self.facts.machine.machine.clone(),
                 memory: self.facts.memory,
                 cpus: self.facts.cpus,
                 accelerator: self.facts.accelerator.clone(),
@@ -152,8 +169,9 @@ impl Session {
         self.created = true;
     }
 
-    pub(super) async fn measure(&self, hot: bool) -> Result<Measurement, MeasureError> {
-        VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot }.measure().await
+    /// Measures it once more, while it may run.
+    async fn measure_running(&self) -> Result<Measurement, MeasureError> {
+        self.meter(true).measure(&self.facts.told(), None, None).await
     }
 
     async fn let_run(&mut self, measurement: Measurement) {
@@ -179,8 +197,8 @@ impl Session {
     /// Lets a VM run that is measured and logged, if it is still what it was then.
     pub(super) async fn release(&mut self) {
         // Another monitor may have changed it since it was measured.
-        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: false };
-        match meter.leaves(&[]).await {
+        let (leaves, waits) = tokio::join!(async { self.meter(false).leaves(&[]).await }, self.waits_still());
+        match leaves {
             Ok(leaves) if leaves == self.leaves => {}
             Ok(_) => {
                 let reason = "its images changed since they were measured".to_owned();
@@ -188,9 +206,9 @@ impl Session {
             }
             Err(e) => return self.refuse(RefuseCause::Changed, e.to_string(), e.item).await,
         }
-        if self.facts.run_state == "prelaunch" && !self.waits_still().await {
+        if self.facts.run_state == "prelaunch" && !waits {
             self.tell_continued("it was let run after it had been measured, but not by the proxy");
-            match self.measure(true).await {
+            match self.measure_running().await {
                 Ok(measurement) => {
                     if self.attach(measurement, false).await {
                         self.set_gate(Gate::Open);
@@ -244,23 +262,18 @@ impl Session {
 
     /// What can be known of the process without measuring it.
     async fn introduce(&mut self) -> Introduced {
-        let meter = VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot: true };
+        let meter = self.meter(true);
         // What cannot be read is an error when it is measured.
         let given = meter.given().await.unwrap_or_default();
         let dir = self.process.working_dir().unwrap_or_default();
         let qmp = &self.qmp;
-        let asked = tokio::join!(
-            measure::accelerator(qmp, &given),
-            commanders::ask(qmp, &given, &self.socket, &dir),
-            measure::has_run(qmp),
-        );
-        let (accelerator, monitors, has_run) = asked;
-        if let Ok(accelerator) = accelerator {
-            self.facts.accelerator = accelerator;
-        }
+        let asked = tokio::join!(Execution::ask(qmp, &given), commanders::ask(qmp, &given, &self.socket, &dir));
+        let (execution, monitors) = asked;
+        let execution = execution.unwrap_or(Execution { accelerator: "unknown".to_owned(), has_run: None });
+        self.facts.accelerator = execution.accelerator;
         self.monitors = monitors.unwrap_or_else(|e| vec![format!("unknown: {e}")]);
         let has_run =
-            matches!(has_run, Ok(Some(true))) && !(given.names.contains("loadvm") && self.processors_rested().await);
+            execution.has_run == Some(true) && !(given.names.contains("loadvm") && self.processors_rested().await);
         Introduced { should_wait: given.names.contains("S"), has_run }
     }
 
@@ -292,7 +305,7 @@ impl Session {
         self.head(occasion);
         self.tell_continued("it was let run while it was measured");
         self.flush().await;
-        match self.measure(true).await {
+        match self.measure_running().await {
             Ok(measurement) => {
                 self.attach(measurement, occasion != Occasion::First).await;
             }

@@ -84,7 +84,7 @@ impl<'a> Memory<'a> {
             let at = address.saturating_add(done);
             let piece = piece(at).min(size - done);
             let last = at.saturating_add(piece - 1);
-            let (Some(first), Some(end)) = (self.place(at).await?, self.place(last).await?) else {
+            let (Some(first), Some(end)) = tokio::try_join!(self.place(at), self.place(last))? else {
                 return Ok(Compared::NoneAt(at));
             };
             if end.checked_sub(first) != Some(piece - 1) {

@@ -21,14 +21,14 @@ mod memory;
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use onequote_evidence::event::{Component, MemoryCheck, Role};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use self::{
     elf::{ElfError, Segment},
     memory::{Compared, Memory},
 };
 use super::{
-    Arguments, Lookup, Machine, MeasureError, MeasureErrorKind, NamedFile, VmMeter,
+    Arguments, Lookup, MeasureError, MeasureErrorKind, NamedFile, Told, VmMeter,
     args::{absolute, in_data_dirs},
     vm::{Part, text_component},
 };
@@ -52,9 +52,10 @@ pub(super) enum Place {
 
 impl VmMeter<'_> {
     /// What QEMU's machine loads, as it says itself: kernel, initrd, command line, firmware.
-    pub(super) async fn loaded(&self, given: &Arguments, machine: Machine) -> Result<Vec<Component>, MeasureError> {
+    pub(super) async fn loaded(&self, given: &Arguments, told: &Told) -> Result<Vec<Component>, MeasureError> {
         let dir = self.working_dir()?;
-        let x86 = self.is_x86().await?;
+        let Told { machine, x86, .. } = told;
+        let x86 = *x86;
         let mut components = Vec::new();
         let mut mapped = x86;
         if !machine.kernel.is_empty() {
@@ -74,9 +75,9 @@ impl VmMeter<'_> {
         if !machine.kernel.is_empty() || !machine.append.is_empty() {
             components.push(text_component(Role::KernelCmdline, machine.append.as_bytes(), &machine.append));
         }
-        if !machine.firmware.is_empty() {
+        if let Some(name) = machine.firmware_file() {
             let role = Role::Firmware;
-            let name = Path::new(&machine.firmware);
+            let name = Path::new(name);
             let path = in_data_dirs(&dir, &self.program()?, &given.data_dirs, name)
                 .ok_or_else(|| MeasureError::new(role.word(), name, MeasureErrorKind::NotFound))?;
             let part = self.by_path(role, &path).await?;
@@ -194,13 +195,6 @@ impl VmMeter<'_> {
     async fn property(&self, device: &str, property: &str) -> Result<Value, QmpError> {
         let get = qapi::qmp::qom_get { path: device.to_owned(), property: property.to_owned() };
         self.qmp.execute(get).await
-    }
-
-    async fn is_x86(&self) -> Result<bool, MeasureError> {
-        // `qapi`'s type knows the architectures of one version.
-        let target: Value =
-            self.qmp.call("query-target", json!({})).await.map_err(|e| MeasureError::of("machine", e))?;
-        Ok(matches!(target["arch"].as_str(), Some("x86_64" | "i386")))
     }
 }
 

@@ -142,7 +142,9 @@ async fn continued(before: &[&str]) -> (World, VmRefuse, VmAttach) {
         call(&monitor, command, json!({})).await;
         // It comes out of its main loop later.
         if *command == "cont" {
-            while crate::measure::has_run(&monitor).await.unwrap() != Some(true) {
+            while crate::measure::Execution::ask(&monitor, &crate::measure::Arguments::default()).await.unwrap().has_run
+                != Some(true)
+            {
                 tokio::task::yield_now().await;
             }
         }

@@ -23,6 +23,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Starts that are timed.
 const STARTS: usize = 100;
 
+/// Commands to QEMU that one start may take: about 0.4 ms each, QEMU's own cost.
+const COMMANDS: f64 = 33.0;
+
 /// VMs that start at once, and how many of them are real.
 const MANY: usize = 1000;
 const REAL: usize = 20;
@@ -38,18 +41,33 @@ pub(crate) fn gate(numbers: &mut Numbers) -> Result<()> {
     let relay = TpmRelay::start(&mut world)?;
     world.start_proxy_alone()?;
     let mut times = Vec::new();
+    let mut commands = 0;
+    let cpu = ticks(world.proxy()?.id())?;
     for number in 0..STARTS {
-        times.push(one_start(&mut world, &relay, &format!("gate{number}"))?);
+        let start = one_start(&mut world, &relay, &format!("gate{number}"))?;
+        times.push(start.took);
+        commands = commands.max(start.commands);
     }
+    let cpu = ticks(world.proxy()?.id())? - cpu;
     times.sort_unstable();
     let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize].as_secs_f64() * 1000.0;
     numbers.known("gate, from -S to cont, without TPM, median", at(0.5), "ms");
     numbers.below("gate, from -S to cont, without TPM, p99", at(0.99), "ms", 50.0);
+    numbers.at_most("gate-qmp-commands, the most of a start", commands as f64, "commands", COMMANDS);
+    // A tick is a hundredth of a second.
+    numbers.known("gate, proxy's CPU time, from a VM's start to its end", cpu as f64 * 10.0 / STARTS as f64, "ms");
     Ok(())
 }
 
+/// What one start took.
+struct Start {
+    took: Duration,
+    /// Commands that the proxy gave to QEMU.
+    commands: usize,
+}
+
 /// Starts a VM and gives the time between the monitor's first word and the guest's, without the TPM's extends.
-fn one_start(world: &mut World, relay: &TpmRelay, name: &str) -> Result<Duration> {
+fn one_start(world: &mut World, relay: &TpmRelay, name: &str) -> Result<Start> {
     let folder = world.prepare_bare(name)?;
     let trace = folder.join("trace");
     let own = folder.join("own.qmp");
@@ -78,7 +96,24 @@ fn one_start(world: &mut World, relay: &TpmRelay, name: &str) -> Result<Duration
     // The greeting comes from a thread of its own, before QEMU is ready to do anything.
     let ready = first("resp: {\"return\"").context("QEMU never answered")?;
     let resumed = first("\"RESUME\"").context("QEMU never ran")?;
-    Ok(resumed.saturating_sub(ready).saturating_sub(extends.1))
+    let took = resumed.saturating_sub(ready).saturating_sub(extends.1);
+    Ok(Start { took, commands: commands(&trace).context("the proxy never let it run")? })
+}
+
+/// Commands that came by the monitor by which `cont` came, up to that.
+fn commands(trace: &str) -> Option<usize> {
+    let requests: Vec<(&str, &str)> =
+        trace.lines().filter_map(|line| line.split_once("handle_qmp_command mon ")?.1.split_once(" req: ")).collect();
+    let cont = requests.iter().position(|(_, request)| request.contains("\"cont\""))?;
+    let monitor = requests[cont].0;
+    Some(requests[..=cont].iter().filter(|(other, _)| *other == monitor).count())
+}
+
+/// Time that a process has run, in ticks: fields 14 and 15 of its `stat`.
+fn ticks(pid: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, fields) = stat.rsplit_once(") ").context("no stat")?;
+    Ok(fields.split(' ').skip(11).take(2).map(str::parse::<u64>).sum::<Result<_, _>>()?)
 }
 
 /// `PID@SECONDS.MICROSECONDS:…`.
