@@ -21,6 +21,9 @@ pub enum HashAlg {
     Sha512 = 0x000D,
 }
 
+/// The longest digest of a [`HashAlg`] in bytes.
+pub const MAX_DIGEST: usize = 64;
+
 impl HashAlg {
     /// Every algorithm, in ascending order of its number.
     pub const ALL: [Self; 4] = [Self::Sha1, Self::Sha256, Self::Sha384, Self::Sha512];
@@ -57,19 +60,27 @@ impl HashAlg {
     /// The digest of the parts, one after the other.
     #[must_use]
     pub fn hash_parts(self, parts: &[&[u8]]) -> Vec<u8> {
-        fn run<D: sha2::Digest>(parts: &[&[u8]]) -> Vec<u8> {
+        let mut out = [0; MAX_DIGEST];
+        self.hash_into(parts, &mut out).to_vec()
+    }
+
+    /// The same without allocation: the digest is at the beginning of `out`, and is what is returned.
+    pub fn hash_into<'o>(self, parts: &[&[u8]], out: &'o mut [u8; MAX_DIGEST]) -> &'o [u8] {
+        fn run<D: sha2::Digest>(parts: &[&[u8]], out: &mut [u8]) {
             let mut hasher = D::new();
             for part in parts {
                 hasher.update(part);
             }
-            hasher.finalize().to_vec()
+            out.copy_from_slice(&hasher.finalize());
         }
+        let out = &mut out[..self.size()];
         match self {
-            Self::Sha1 => run::<sha1::Sha1>(parts),
-            Self::Sha256 => run::<sha2::Sha256>(parts),
-            Self::Sha384 => run::<sha2::Sha384>(parts),
-            Self::Sha512 => run::<sha2::Sha512>(parts),
+            Self::Sha1 => run::<sha1::Sha1>(parts, out),
+            Self::Sha256 => run::<sha2::Sha256>(parts, out),
+            Self::Sha384 => run::<sha2::Sha384>(parts, out),
+            Self::Sha512 => run::<sha2::Sha512>(parts, out),
         }
+        out
     }
 
     /// The name that the kernel, CEL-JSON and people use: `sha256`.

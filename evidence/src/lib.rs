@@ -13,6 +13,7 @@
 //! - [`digest`], [`pcr`]: hash algorithms, registers and how an extend changes them.
 //! - [`tpm`]: the TPM's own structures (`TPMS_ATTEST`, `TPMT_SIGNATURE`, `TPMT_PUBLIC`).
 //! - [`event`], [`record`], [`log`]: the measurement log and its replay to PCR 12 and 13.
+//! - [`firmware`]: the firmware's event log, its replay to the registers of the boot, and what it proves.
 //! - [`ima`]: IMA's binary measurement list and its replay to PCR 10.
 //! - [`guest_frame`]: what the shim and the proxy say to each other over vsock.
 //! - [`nonce_tree`], [`statement`], [`stream`]: one quote for many challenges, and the evidence that goes with it.
@@ -21,6 +22,7 @@ pub mod cbor;
 pub mod digest;
 mod error;
 pub mod event;
+pub mod firmware;
 pub mod guest_frame;
 pub mod id;
 pub mod ima;

@@ -14,10 +14,12 @@ use std::collections::BTreeMap;
 use minicbor::{Decoder, Encode, data::Type};
 use onequote_evidence::{
     cbor,
+    digest::HashAlg,
     event::{
         CommandOutcome, CrashCause, Depth, EventBody, GapReason, MAX_KIND, MemoryCheck, MigrationStatus, RefuseCause,
         Role, StopCause,
     },
+    firmware::{self, FirmwareLog, Guid, Separator},
     guest_frame, id, ima, nonce_tree, pcr, record, statement, stream,
     tpm::{Attest, KeyParameters, Public, Signature},
 };
@@ -46,7 +48,7 @@ fn every_example_is_what_the_code_writes() {
         let found = documented.get(name).map(hex::encode);
         assert_eq!(found, Some(hex::encode(bytes)), "example {name}");
     }
-    let read = ["attest", "signature", "public"];
+    let read = ["attest", "signature", "public", "firmware-log"];
     let unknown: Vec<_> =
         documented.keys().filter(|name| !written.contains_key(*name) && !read.contains(name)).collect();
     assert!(unknown.is_empty(), "examples that nothing checks: {unknown:?}");
@@ -65,6 +67,18 @@ fn the_tpm_structures_are_read() {
     let public = Public::parse(&documented["public"]).unwrap();
     assert_eq!(public.attributes.ak_defect(), None);
     assert!(matches!(public.key, KeyParameters::Ecc(point) if point.x == [1; 32] && point.y == [2; 32]));
+}
+
+#[test]
+fn the_firmware_log_is_read() {
+    let bytes = &documented()["firmware-log"];
+    let log = FirmwareLog::parse(bytes).unwrap();
+    let [header, variable, separator] = log.events() else { panic!("three events") };
+    assert!(!header.is_extended());
+    let read = variable.variable(HashAlg::Sha256).expect("its digest is that of its data");
+    assert!(read.is(Guid::GLOBAL, "SecureBoot") && read.data == [1]);
+    assert_eq!(separator.separator(HashAlg::Sha256), Some(Separator::Boot));
+    assert_eq!((log.banks(), log.extended()), (&[HashAlg::Sha256][..], vec![7]));
 }
 
 #[test]
@@ -151,6 +165,7 @@ fn limits() {
     let limits = [
         ("cbor::MAX_DEPTH", cbor::MAX_DEPTH),
         ("event::MAX_KIND", MAX_KIND),
+        ("firmware::MAX_LOG", firmware::MAX_LOG),
         ("guest_frame::MAX_FRAME", guest_frame::MAX_FRAME),
         ("guest_frame::ENTRIES_TARGET", guest_frame::ENTRIES_TARGET),
         ("id::Nonce::MIN", id::Nonce::MIN),

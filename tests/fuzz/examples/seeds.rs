@@ -28,6 +28,7 @@ fn main() {
             "hello" | "resume" | "entries" | "heartbeat" | "collected" => ("guest_frame", bytes[4..].to_vec()),
             "have" | "collect" => ("host_frame", bytes[4..].to_vec()),
             "attest" | "signature" | "public" | "statement" => (name, bytes),
+            "firmware-log" => ("firmware", bytes),
             "record" => ("record", bytes),
             "stream" => {
                 let packed = stream::compress(&bytes).expect("memory");
