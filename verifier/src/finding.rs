@@ -117,6 +117,45 @@ codes! {
     PcrValues = "pcr-values", Evidence,
         "The register values that came with the quote are not those that the TPM signed.",
         "Treat the host as hostile.";
+    FirmwareLogMissing = "firmware-log-missing", Policy,
+        "The host's firmware has extended its registers, or must have, but no event log of it came.",
+        "Let the proxy read binary_bios_measurements (firmware_log), or write log = \"optional\" under host.firmware.";
+    FirmwareLogMalformed = "firmware-log-malformed", History,
+        "The firmware's event log cannot be read.",
+        "Look at the log with tpm2_eventlog; firmware that writes it wrongly can be allowed with log = \"optional\".";
+    FirmwareLogBank = "firmware-log-bank", History,
+        "The firmware's event log does not have every digest of a quoted bank: it explains nothing there.",
+        "Switch the bank on in the firmware's settings, or update the firmware.";
+    FirmwareLogReplay = "firmware-log-replay", History,
+        "The firmware's event log does not give the quoted value of a register: an event is missing, added or changed.",
+        "Treat the host as hostile, unless its firmware is known to omit events: then name the register in unexplained.";
+    FirmwareLogRegister = "firmware-log-register", History,
+        "The firmware's event log extends a register that is not the firmware's.",
+        "Treat the host as hostile, or look which boot loader extends that register.";
+    FirmwareNotShown = "firmware-not-shown", Policy,
+        "The firmware's event log does not show what a rule demands.",
+        "Read what is missing; a rule that this firmware can never show must be left out of host.firmware.";
+    FirmwareEventData = "firmware-event-data", Policy,
+        "An event that a rule needs has data other than those that were measured: they prove nothing.",
+        "Treat the host as hostile: somebody edited the log where the registers do not show it.";
+    SecureBoot = "secure-boot", Policy,
+        "Secure Boot is not as the policy demands.",
+        "Switch it on in the firmware's settings, and let shim verify (mokutil --enable-validation).";
+    SecureBootDatabase = "secure-boot-database", Policy,
+        "A database of Secure Boot (PK, KEK, db, dbx) does not hold what the policy demands.",
+        "If it was updated on purpose, compare the entries and change the rule; otherwise find out who could write it.";
+    BootSeparator = "boot-separator", Policy,
+        "The firmware did not end its measurements as it must, or ended them after an error.",
+        "Look at the firmware's settings and messages; update it, or leave separators out of the policy.";
+    BootImage = "boot-image", Policy,
+        "The host started an image (boot loader, driver, kernel) that the policy does not name.",
+        "If it was updated on purpose, add its digest to images, or to kernel.";
+    BootFile = "boot-file", Policy,
+        "The boot loader read a file that the policy does not name.",
+        "If it was changed on purpose, add its digest to files; GRUB's grubenv changes at each boot on some hosts.";
+    BootKernel = "boot-kernel", Policy,
+        "None of the kernels that the policy names was started.",
+        "If the host was updated on purpose, add the new kernel's digest; otherwise find out what it booted.";
     HostImaMissing = "host-ima-missing", Policy,
         "The host measures files with IMA, or must, but sent no measurement list.",
         "Let the proxy read binary_runtime_measurements, or take the host's IMA list out of the policy.";
@@ -157,8 +196,8 @@ codes! {
         "Somebody other than the proxy extended the log's registers.",
         "Find out which program on the host does so, or choose other registers with pcr_vm and pcr_guest.";
     LogHistory = "log-history", History,
-        "The log's registers were not empty when the log began, and nothing explains what they held.",
-        "If the boot loader extends them, put their values into the policy's history.";
+        "The log's registers were not empty when the log began, and nothing that the policy knows explains what they held.",
+        "If a boot stub extends them, put what it measured into stub under host.firmware, or their values into history.";
     EpochRollback = "epoch-rollback", Evidence,
         "The log's epoch is older than the one last accepted.",
         "Somebody put back an old log; treat the host as hostile.";

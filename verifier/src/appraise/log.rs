@@ -14,7 +14,11 @@ use onequote_evidence::{
     tpm::ClockInfo,
 };
 
-use super::{registers::QuotedRegisters, state::Accepted};
+use super::{
+    firmware::{self, Boot},
+    registers::QuotedRegisters,
+    state::Accepted,
+};
 use crate::{
     finding::{Code, Finding},
     policy::{HostRule, Pcr},
@@ -183,12 +187,16 @@ pub fn check_epoch(statement: &Statement, clock: &ClockInfo, accepted: Option<&A
 
 /// What the log's registers held before it: zeros, or what the policy knows, or, without a TPM reset in between,
 /// what was accepted last.
+///
+/// That the firmware's event log explains it is not enough. Whoever can write that log can list there whatever an
+/// earlier log of ours extended and hide that log. The policy must know each of these events.
 #[must_use]
 pub fn check_history(
     start: &ProxyStart,
     clock: &ClockInfo,
     accepted: Option<&Accepted>,
     rule: &HostRule,
+    boot: Option<&Boot<'_>>,
 ) -> Vec<Finding> {
     let same_log = accepted.filter(|a| a.epoch == start.epoch);
     let same_run = accepted.filter(|a| a.clock.reset_count == clock.reset_count);
@@ -200,10 +208,21 @@ pub fn check_history(
         });
         let before = same_run.and_then(|a| a.registers.iter().find(|r| r.bank == item.bank && r.pcr == item.pcr));
         let goes_on = before.is_some_and(|before| before.value == item.value);
-        if !(zeros || by_policy || goes_on || same_log.is_some_and(|a| a.history_accepted)) {
-            let register = Register { bank: item.bank, pcr: item.pcr };
-            let finding = Finding::new(Code::LogHistory, register.to_string());
-            findings.push(finding.expected("zeros").actual(&item.value));
+        let register = Register { bank: item.bank, pcr: item.pcr };
+        let events = boot.and_then(|boot| Some((boot, boot.history(item.pcr, &item.value.0)?)));
+        let by_stub = events.as_ref().is_some_and(|(_, events)| firmware::stub_allows(rule.firmware.as_ref(), events));
+        if zeros && boot.is_some_and(|boot| boot.log().is_extended(item.pcr)) {
+            let finding = Finding::new(Code::FirmwareLogReplay, format!("{register} when the measurement log began"));
+            findings.push(finding.expected(&item.value).actual("extended, by the firmware's event log"));
+        } else if !(zeros || by_policy || goes_on || by_stub || same_log.is_some_and(|a| a.history_accepted)) {
+            let finding = Finding::new(Code::LogHistory, register.to_string()).expected("zeros");
+            findings.push(match events {
+                Some((boot, events)) => {
+                    let words = firmware::in_words(boot, &events);
+                    finding.actual(format!("{}, which the firmware's event log explains by {words}", item.value))
+                }
+                None => finding.actual(&item.value),
+            });
         }
     }
     findings

@@ -7,7 +7,7 @@
 //! stream ─ parse ─► Received ─ signature ─► Quoted ─ nonce, binding ─► Stated      (1–3)
 //!                                  ├─ counters against the accepted state          (4)
 //!                                  └─ selection, digest ─► QuotedRegisters         (5)
-//! firmware log, host IMA list ─ replay ─► HostList                                 (6, 7)
+//! firmware log ─ replay ─► Boot; host IMA list ─ replay ─► HostList                 (6, 7)
 //! records ─ replay ─► VerifiedLog ─ fold ─► Sessions, expectation tree             (8)
 //! guests' lists ─ replay ─► VerifiedList                                           (9)
 //! statement ↔ sessions: inventory                                                  (10)
@@ -19,6 +19,7 @@
 
 mod changes;
 pub mod counters;
+pub mod firmware;
 pub mod freshness;
 pub mod guests;
 pub mod host_ima;
@@ -40,7 +41,7 @@ pub(crate) mod testing;
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use onequote_evidence::{
     Malformed,
@@ -55,6 +56,7 @@ use crate::{
     policy::{HostRule, Policy},
     result::{Skipped, Verdict},
 };
+use firmware::Boot;
 use freshness::{Freshness, Stated};
 use guests::Dictionary;
 use log::VerifiedLog;
@@ -118,6 +120,17 @@ pub struct Facts {
     pub entries: BTreeMap<SessionId, Vec<(usize, Vec<u8>)>>,
     /// The host's own list, as listed.
     pub host_entries: Vec<Vec<u8>>,
+    /// The firmware's event log, and the registers that it explains; none when there is no log.
+    pub firmware: Option<(Vec<u8>, BTreeSet<u8>)>,
+}
+
+impl Facts {
+    /// The firmware's event log, as far as the quote proves it.
+    #[must_use]
+    pub fn boot(&self) -> Option<Boot<'_>> {
+        let (bytes, explained) = self.firmware.as_ref()?;
+        Boot::again(bytes, explained)
+    }
 }
 
 impl Received {
@@ -209,13 +222,8 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     let accepted = context.state.accepted.as_ref();
     let mut host = counters;
 
-    skipped.push(Skipped::new(
-        "firmware-log",
-        match evidence.firmware.len() {
-            0 => "the host sent none".to_owned(),
-            size => format!("{size} bytes were sent; registers are judged by their values only"),
-        },
-    ));
+    let (boot, found) = firmware::check(&evidence.firmware, &registers, log.start(), &policy.host, &mut skipped);
+    host.extend(found);
     let demanded = policy.host.ima.is_some();
     let host_list = match host_ima::check(&evidence.host_ima, &registers, demanded, &mut skipped) {
         Ok(list) => list,
@@ -224,7 +232,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
             host_ima::HostList::default()
         }
     };
-    let history = log::check_history(log.start(), &clock, accepted, &policy.host);
+    let history = log::check_history(log.start(), &clock, accepted, &policy.host, boot.as_ref());
     let history_accepted = history.is_empty();
     host.extend(history);
 
@@ -242,6 +250,13 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     if context.policy.is_none() {
         let id = &statement.host;
         host.push(Finding::new(Code::HostWithoutPolicy, id.as_str()));
+    }
+    match &policy.host.firmware {
+        Some(rule) => host.extend(firmware::judge(rule, boot.as_ref(), &mut notes)),
+        None if boot.is_some() => {
+            skipped.push(Skipped::new("firmware-rules", "the policy has no rules about the boot ([host.firmware])"));
+        }
+        None => {}
     }
     host.extend(judge::host(&policy.host, &registers, context.software_tpm, &mut skipped));
     if policy.host.ima.is_some() {
@@ -268,6 +283,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
         statement: statement.clone(),
         registers,
         entries: verdict::entries(&guests, &mut dictionary),
+        firmware: boot.as_ref().map(|boot| (evidence.firmware.clone(), boot.explained().clone())),
         host_entries: host_list.entries.iter().map(|entry| entry.raw.to_vec()).collect(),
         log,
         sessions,

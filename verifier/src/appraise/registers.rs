@@ -21,6 +21,18 @@ pub struct QuotedRegisters {
 }
 
 impl QuotedRegisters {
+    /// The values.
+    #[must_use]
+    pub fn values(&self) -> &Registers {
+        &self.values
+    }
+
+    /// The banks that were quoted, ascending.
+    #[must_use]
+    pub fn banks(&self) -> BTreeSet<HashAlg> {
+        self.values.keys().map(|register| register.bank).collect()
+    }
+
     /// The value of a register in the SHA-256 bank; none when it was not quoted.
     #[must_use]
     pub fn sha256(&self, pcr: u8) -> Option<Sha256> {

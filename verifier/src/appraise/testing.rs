@@ -127,6 +127,7 @@ pub(crate) struct World {
     pub(crate) clock: ClockInfo,
     /// SHA-256 registers other than the log's; zeros unless set.
     pub(crate) pcrs: BTreeMap<u8, Sha256>,
+    pub(crate) firmware: Vec<u8>,
     pub(crate) host_ima: Vec<u8>,
     pub(crate) dictionary: Vec<Blob>,
     pub(crate) guests: Vec<Guest>,
@@ -208,6 +209,7 @@ impl World {
             statement,
             clock: ClockInfo { clock: 1000, reset_count: 5, restart_count: 1, safe: true },
             pcrs: BTreeMap::new(),
+            firmware: Vec::new(),
             host_ima: Vec::new(),
             dictionary: Vec::new(),
             guests: Vec::new(),
@@ -402,7 +404,7 @@ impl World {
         };
         Parts {
             head,
-            firmware: Vec::new(),
+            firmware: self.firmware.clone(),
             host_ima: self.host_ima.clone(),
             records: self.records.iter().flat_map(Record::to_bytes).collect(),
             dictionary: self.dictionary.clone(),
@@ -471,6 +473,9 @@ pub(crate) fn components() -> Vec<Component> {
     parts[3].digest = FileDigest::sha256(sha256(&[b"console=ttyS0"]));
     parts
 }
+
+/// For the end of a policy: registers of the firmware are judged without its log.
+pub(crate) const NO_FIRMWARE_LOG: &str = "[host.firmware]\nlog = \"optional\"\n";
 
 /// A policy that the host of [`World::with_two_vms`] keeps.
 pub(crate) const POLICY: &str = r#"

@@ -10,7 +10,7 @@ use onequote_evidence::{
     pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM},
 };
 
-use super::{AllowList, Consent, OneOrMore, Pattern, Pcr};
+use super::{AllowList, Consent, FirmwareRule, OneOrMore, Pattern, Pcr};
 
 /// What is demanded of the host.
 #[derive(Debug, Clone, Deserialize)]
@@ -36,6 +36,8 @@ pub struct HostRule {
     /// Whether QEMU processes that the proxy does not manage may run.
     #[serde(default)]
     pub unmanaged: Consent,
+    /// What the firmware's event log must show; with it the log is demanded.
+    pub firmware: Option<FirmwareRule>,
     /// Files that the host's IMA list may hold; with it the list is demanded.
     pub ima: Option<AllowList>,
     /// The same, in files of their own, relative to the policy's.
@@ -55,6 +57,7 @@ impl Default for HostRule {
             pcr_guest: DEFAULT_PCR_GUEST,
             accept_gaps: BTreeSet::new(),
             unmanaged: Consent::Refused,
+            firmware: None,
             ima: None,
             ima_file: None,
             ima_ignore: Vec::new(),

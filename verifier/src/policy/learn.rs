@@ -12,6 +12,8 @@ use onequote_evidence::{
     statement::VmState,
 };
 
+mod firmware;
+
 use super::text::{comment, quote};
 use crate::appraise::{Facts, sessions::Session};
 
@@ -55,6 +57,7 @@ fn host(out: &mut String, facts: &Facts) {
     }
     let history = start.history.iter().filter(|item| item.bank == onequote_evidence::digest::HashAlg::Sha256);
     let history: Vec<String> = (history.filter(|item| item.value.0.iter().any(|&byte| byte != 0)))
+        .filter(|item| !firmware::explains(facts, item.pcr, &item.value))
         .map(|item| format!("\"{}\" = \"{}\"", item.pcr, item.value))
         .collect();
     if !history.is_empty() {
@@ -72,6 +75,7 @@ fn host(out: &mut String, facts: &Facts) {
             let _ = writeln!(out, "\"{pcr}\" = \"{value}\"");
         }
     }
+    firmware::propose(out, facts);
     if !files.is_empty() {
         table(out, "host.ima", &files);
     }

@@ -96,6 +96,14 @@ impl Policy {
         if host.pcr_vm == host.pcr_guest || host.pcr_vm >= PCR_COUNT || host.pcr_guest >= PCR_COUNT {
             return fail("host".into(), "pcr_vm and pcr_guest must be two registers below 24");
         }
+        if let Some(firmware) = &host.firmware {
+            if let Some((name, _)) = firmware.databases().into_iter().find(|(_, rule)| rule.is_empty()) {
+                return fail(format!("host.firmware, {name}"), "give content, include, exclude or only");
+            }
+            if firmware.kernel.as_ref().is_some_and(Vec::is_empty) {
+                return fail("host.firmware, kernel".into(), "an empty list allows no boot; leave it out not to judge");
+            }
+        }
         for (i, vm) in self.vms.iter().enumerate() {
             let rule = format!("vm rule {}", i + 1);
             if vm.name.is_some() == vm.uuid.is_some() {

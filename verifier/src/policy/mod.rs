@@ -6,6 +6,10 @@
 //! software_tpm = true            # false refuses a software TPM although it was enrolled as one
 //! accept_gaps = ["proxy-down"]   # reasons of log gaps that are harmless here
 //!
+//! [host.firmware]
+//! secure_boot = true             # what the firmware's event log must show of the boot
+//! kernel = ["sha256:…"]
+//!
 //! [[vm]]
 //! name = "web-*"                 # or uuid = "…"; the first rule that fits a VM is its rule
 //! kernel = ["sha256:…"]          # each part: a list, or "any"
@@ -24,6 +28,7 @@
 //! unknown key is refused with its name, file and line: a rule that is misspelt must not look like one in force.
 
 mod allow;
+mod firmware;
 mod host;
 pub mod learn;
 mod load;
@@ -37,6 +42,7 @@ use serde::Deserialize;
 use onequote_evidence::id::VmId;
 
 pub use allow::{AllowList, FileHash, Judgement};
+pub use firmware::{DatabaseRule, Digests, FirmwareRule, PlainDigest, StubDigest};
 pub use host::HostRule;
 pub use load::PolicyError;
 pub use value::{Allowed, Consent, OneOrMore, Pattern, Pcr, Reference};

@@ -411,6 +411,7 @@ fn the_hosts_ima_list() {
     assert!(matches!(only(&world.judge(&parts)).code, Code::HostImaReplay | Code::HostImaMalformed));
     parts.host_ima = whole[..whole.len() - 1].to_vec();
     assert_eq!(only(&world.judge(&parts)).code, Code::HostImaMalformed);
+    world.policy = Some(format!("{POLICY}{NO_FIRMWARE_LOG}"));
     world.pcrs.insert(3, Sha256([1; 32]));
     assert_eq!(only(&world.round()).code, Code::HostImaBootAggregate);
 }

@@ -2,6 +2,7 @@
 
 mod authenticity;
 mod changes;
+mod firmware;
 mod history;
 mod policy;
 
