@@ -168,7 +168,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         processes: Arc::new(move || processes_now(&processes)),
         wait: config.collect_wait(),
         clock: now,
-        firmware_log: config.host.firmware_log.clone(),
+        firmware_log: config.firmware_log(),
         ima_list: config.host.ima_list.clone(),
     }
     .start();

@@ -201,7 +201,7 @@ pub struct Guest {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Host {
-    /// The firmware's event log, `/sys/kernel/security/tpm0/binary_bios_measurements`.
+    /// The firmware's event log; see [`Config::firmware_log`] for what counts when it is absent.
     pub firmware_log: Option<PathBuf>,
     /// The host's IMA list, `/sys/kernel/security/ima/binary_runtime_measurements`.
     pub ima_list: Option<PathBuf>,
@@ -377,11 +377,26 @@ impl Config {
         self.state_dir.join("guests")
     }
 
+    /// The event log of the firmware that started the TPM: as configured, or where the kernel shows that of a TPM
+    /// device, if it has one. A software TPM (`swtpm:`) was not started by this machine's firmware.
+    #[must_use]
+    pub fn firmware_log(&self) -> Option<PathBuf> {
+        self.host.firmware_log.clone().or_else(|| kernel_firmware_log(&self.tpm.tcti).filter(|path| path.exists()))
+    }
+
     /// How long a quote waits for guests.
     #[must_use]
     pub fn collect_wait(&self) -> Duration {
         Duration::from_millis(self.guest.collect_ms)
     }
+}
+
+/// Where Linux shows the log of a TPM device (`drivers/char/tpm/eventlog/common.c`).
+fn kernel_firmware_log(tcti: &str) -> Option<PathBuf> {
+    let device = tcti.strip_prefix("device:")?.rsplit('/').next()?;
+    let number = device.strip_prefix("tpmrm").or_else(|| device.strip_prefix("tpm"))?;
+    let is_number = !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit());
+    is_number.then(|| format!("/sys/kernel/security/tpm{number}/binary_bios_measurements").into())
 }
 
 fn default_state_dir() -> PathBuf {
@@ -430,6 +445,20 @@ mod tests {
         assert!(err.contains("proxy.toml") && err.contains("tctl"), "{err}");
         let err = read(&format!("enforec = 1\n{LEAST}")).unwrap_err().to_string();
         assert!(err.contains("enforec"), "{err}");
+    }
+
+    #[test]
+    fn a_tpm_device_has_its_own_firmware_log() {
+        let path = |tcti| kernel_firmware_log(tcti).map(|path| path.display().to_string());
+        let first = "/sys/kernel/security/tpm0/binary_bios_measurements";
+        assert_eq!(path("device:/dev/tpmrm0").as_deref(), Some(first));
+        assert_eq!(path("device:/dev/tpm0").as_deref(), Some(first));
+        assert_eq!(path("device:/dev/tpmrm12"), Some(first.replace("tpm0", "tpm12")));
+        for other in ["swtpm:path=/dev/tpm0", "device:/dev/tpm", "device:/dev/tpmx", "device", "tabrmd:"] {
+            assert_eq!(path(other), None, "{other}");
+        }
+        let given = read(&format!("{LEAST}[host]\nfirmware_log = \"/log\"\n")).unwrap();
+        assert_eq!(given.firmware_log(), Some("/log".into()));
     }
 
     #[test]

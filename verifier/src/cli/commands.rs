@@ -11,7 +11,7 @@ use std::{
 use onequote_evidence::{id::HostId, stream::Head, tpm::Public};
 use tokio::net::TcpListener;
 
-use super::{Cli, Command, Enrol, Verify, export, policy, table};
+use super::{Cli, Command, Enrol, Verify, export, firmware, policy, table};
 use crate::{
     api::Server,
     appraise::{Context, Received, appraise, freshness::Freshness, state::HostState},
@@ -106,6 +106,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
             return Ok(exit_code(&round.verdict));
         }
         Command::Verify(args) => return verify(&state, args).await,
+        Command::FirmwareLog { file, bank } => firmware::show(&file, bank)?,
         Command::Policy(command) => policy::run(&state, command).await?,
         Command::Serve { listen, period, lifetime } => {
             let period = Duration::from_secs(period);

@@ -5,6 +5,7 @@
 
 mod commands;
 mod export;
+mod firmware;
 mod policy;
 mod table;
 
@@ -12,7 +13,10 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
-use onequote_evidence::id::{HostId, Nonce};
+use onequote_evidence::{
+    digest::HashAlg,
+    id::{HostId, Nonce},
+};
 
 pub use commands::{CliError, run};
 pub use policy::PolicyCommand;
@@ -75,6 +79,14 @@ pub enum Command {
     },
     /// Appraise saved evidence; nothing is asked and nothing is kept
     Verify(Verify),
+    /// Show the events of a firmware event log in words, and the register values that they lead to
+    FirmwareLog {
+        /// The log (binary_bios_measurements), or saved evidence
+        file: PathBuf,
+        /// The bank whose digests are shown; sha256 unless the log has others only
+        #[arg(long)]
+        bank: Option<HashAlg>,
+    },
     /// Propose, check and set policies
     #[command(subcommand)]
     Policy(PolicyCommand),

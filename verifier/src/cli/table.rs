@@ -4,7 +4,12 @@
 
 use std::fmt::Write as _;
 
-use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{
+    ContentArrangement, Table,
+    presets::{NOTHING, UTF8_HORIZONTAL_ONLY},
+};
+
+use onequote_evidence::{digest::HashAlg, firmware::FirmwareLog};
 
 use crate::{
     expectation::{Expected, HostTree},
@@ -152,6 +157,20 @@ fn new_table() -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
     table
+}
+
+/// The events of a firmware log, judged by their digests in `bank`.
+pub(super) fn firmware(log: &FirmwareLog<'_>, bank: HashAlg) -> String {
+    let mut table = new_table();
+    table.load_preset(NOTHING);
+    table.set_header(["event", "PCR", "type", bank.name(), "what was measured"]);
+    for event in log.events() {
+        let pcr = if event.is_extended() { event.pcr.to_string() } else { "–".to_owned() };
+        let digest = event.digest(bank).filter(|_| event.is_extended()).map(hex::encode).unwrap_or_default();
+        let words = printable(&log.describe(event, bank));
+        table.add_row([event.number.to_string(), pcr, event.kind.to_string(), digest, words]);
+    }
+    format!("{table}\n")
 }
 
 /// Text that moves no cursor and hides nothing: control and direction characters are escaped.
