@@ -49,6 +49,8 @@ fn every_key_of_a_policy_is_there() {
     for text in [
         "nonsense = 1\n".to_owned(),
         "[host]\nnonsense = 1\n".to_owned(),
+        "[host.firmware]\nnonsense = 1\n".to_owned(),
+        "[host.firmware]\ndb = { nonsense = 1 }\n".to_owned(),
         "[[vm]]\nnonsense = 1\n".to_owned(),
         format!("[[vm]]\nname = \"*\"\n{image}"),
         "[host]\naccept_gaps = [\"nonsense\"]\n".to_owned(),
