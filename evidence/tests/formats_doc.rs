@@ -171,6 +171,7 @@ fn limits() {
         ("id::Nonce::MIN", id::Nonce::MIN),
         ("id::Nonce::MAX", id::Nonce::MAX),
         ("ima::MAX_NAME", ima::MAX_NAME),
+        ("ima::MAX_SIGNATURE", ima::MAX_SIGNATURE),
         ("ima::MAX_DATA", ima::MAX_DATA),
         ("ima::MIN_ENTRY", ima::MIN_ENTRY),
         ("ima::MAX_ENTRY", ima::MAX_ENTRY),

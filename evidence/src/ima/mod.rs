@@ -25,10 +25,12 @@
 //! Replay needs only the first, so that a template unknown to us still replays to the register.
 
 mod aggregate;
+mod signature;
 mod template;
 
 pub use aggregate::Aggregate;
-pub use template::{Fields, Template};
+pub use signature::{FileSignature, KeyId, MAX_SIGNATURE, SignatureKind};
+pub use template::{DigestKind, Fields, Template};
 
 use crate::{Malformed, MalformedKind, digest::HashAlg, reader::Reader};
 

@@ -29,8 +29,13 @@ pub(crate) fn block(bytes: &[u8]) -> Vec<u8> {
     [&(bytes.len() as u32).to_le_bytes(), bytes].concat()
 }
 
+/// `d-ng`, or `d-ngv2` where `alg` has a kind before the algorithm.
+pub(crate) fn d_ng(alg: &str, digest: &[u8]) -> Vec<u8> {
+    block(&[alg.as_bytes(), b":\0", digest].concat())
+}
+
 pub(crate) fn ng_data(path: &str, digest: [u8; 32]) -> Vec<u8> {
-    [block(&[b"sha256:\0".as_slice(), &digest].concat()), block(&[path.as_bytes(), b"\0"].concat())].concat()
+    [d_ng("sha256", &digest), block(&[path.as_bytes(), b"\0"].concat())].concat()
 }
 
 /// An `ima-sig` entry without signature.
@@ -55,6 +60,10 @@ fn any_entry() -> impl Strategy<Value = Vec<u8>> {
         (path, any::<[u8; 32]>(), prop::collection::vec(any::<u8>(), 1..80)).prop_map(|(p, d, s)| {
             let modsig = block(&[b"sha256:\0".as_slice(), &d].concat());
             listed(10, "ima-modsig", &[ng_data(&p, d), block(&[]), modsig, block(&s)].concat())
+        }),
+        (path, any::<[u8; 32]>(), any::<bool>(), prop::collection::vec(any::<u8>(), 0..80)).prop_map(|(p, d, v, s)| {
+            let kind = if v { "verity:sha256" } else { "ima:sha256" };
+            listed(10, "ima-sigv2", &[d_ng(kind, &d), block(&[p.as_bytes(), b"\0"].concat()), block(&s)].concat())
         }),
         (path, any::<[u8; 20]>()).prop_map(|(p, d)| listed(10, "ima", &[d.as_slice(), &block(p.as_bytes())].concat())),
     ]
@@ -216,4 +225,43 @@ fn an_entry_put_together_by_hand_is_no_panic() {
     let entry = Entry { pcr: 10, template_hash: &[1; 20], name: b"ima", data: &[1, 2], raw: &[] };
     assert!(!entry.hash_matches());
     assert!(entry.fields().is_err());
+}
+
+#[test]
+fn digests_tell_their_kind() {
+    let fields = |name: &str, alg: &str| {
+        let data = [d_ng(alg, &[5; 32]), block(b"/bin/a\0")].concat();
+        let bytes = listed(10, name, &data);
+        Entry::parse(&bytes, 20).unwrap().fields().map(|fields| (fields.digest_kind, fields.digest.len()))
+    };
+    assert_eq!(fields("ima-ngv2", "ima:sha256"), Ok((DigestKind::File, 32)));
+    assert_eq!(fields("ima-ngv2", "verity:sha256"), Ok((DigestKind::Verity, 32)));
+    // The name is not extended: what the data say counts.
+    assert_eq!(fields("ima-ng", "verity:sha256"), Ok((DigestKind::Verity, 32)));
+    assert_eq!(fields("ima-ng", "sha256"), Ok((DigestKind::Untold, 32)));
+    for wrong in ["veritas:sha256", "ima:ima:sha256", "ima:", ":sha256", "verity:sha512"] {
+        assert!(fields("ima-ngv2", wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_buffer_is_held_against_its_digest() {
+    let read = |name: &str, alg: HashAlg, digest: &[u8], buffer: &[u8]| {
+        let bytes = listed(10, name, &[d_ng(alg.name(), digest), block(b"kexec-cmdline\0"), block(buffer)].concat());
+        Entry::parse(&bytes, 20).unwrap().fields().unwrap().buffer_matches()
+    };
+    let text = b"root=/dev/vda";
+    assert_eq!(read("ima-buf", HashAlg::Sha256, &HashAlg::Sha256.hash(text), text), Some(true));
+    assert_eq!(read("ima-buf", HashAlg::Sha1, &HashAlg::Sha1.hash(text), text), Some(true));
+    assert_eq!(read("ima-buf", HashAlg::Sha256, &HashAlg::Sha256.hash(text), b"root=/dev/vdb"), Some(false));
+    assert_eq!(read("ima-sig", HashAlg::Sha256, &HashAlg::Sha256.hash(text), text), None);
+}
+
+#[test]
+fn metadata_of_evm_is_passed_over() {
+    let data =
+        [ng_data("/bin/a", [5; 32]), block(&[5, 2]), [block(b"x"), block(&[]), block(&[0; 9])].concat().repeat(2)];
+    let bytes = listed(10, "evm-sig", &data.concat());
+    let fields = Entry::parse(&bytes, 20).unwrap().fields().unwrap();
+    assert_eq!((fields.path, fields.signature), (&b"/bin/a"[..], &[5, 2][..]));
 }

@@ -8,7 +8,7 @@ use onequote_evidence::{
     event::{Component, Depth, Event, Image, MemoryCheck, Role, VmPause, VmRef},
     guest_frame::{self, GuestFrame, HostFrame, to_wire},
     id::{BootId, Epoch, EpochId, Nonce, SessionId, Sha256, TimeMs, VmId},
-    ima::{Aggregate, ListReader},
+    ima::{Aggregate, FileSignature, ListReader, SignatureKind},
     nonce_tree::{self, Step},
     pcr::{RegisterValue, extend},
     record::Record,
@@ -39,6 +39,15 @@ fn legacy_entry() -> Vec<u8> {
 fn violation_entry() -> Vec<u8> {
     let data = [block(&[b"sha1:\0".as_slice(), &[0; 20]].concat()), block(b"/tmp/log\0")].concat();
     listed(&[0; 20], b"ima-ng", &block(&data))
+}
+
+/// What is read of a signature, written by hand: only the kernel and signing tools write them.
+fn signature() -> Vec<u8> {
+    let bytes = [&[3, 2, 4, 0xde, 0xad, 0xbe, 0xef, 0, 8][..], &[0x30, 6, 2, 1, 1, 2, 1, 1]].concat();
+    let read = FileSignature::parse(&bytes).unwrap();
+    assert_eq!((read.kind, read.version, read.hash_alg()), (SignatureKind::File, 2, Some(HashAlg::Sha256)));
+    assert_eq!((read.key.to_string().as_str(), read.signature), ("deadbeef", &bytes[9..]));
+    bytes
 }
 
 fn aggregate() -> Aggregate {
@@ -127,6 +136,7 @@ pub(crate) fn written() -> BTreeMap<&'static str, Vec<u8>> {
         ("ima-ng", entry.clone()),
         ("ima-legacy", legacy_entry()),
         ("ima-violation", violation_entry()),
+        ("ima-signature", signature()),
         ("ima-aggregate", aggregate().value.0.to_vec()),
         ("record", record().to_bytes()),
         ("register", register(12).value.0),

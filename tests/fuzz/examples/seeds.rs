@@ -25,6 +25,7 @@ fn main() {
         let bytes = hex::decode(digits.split_whitespace().collect::<String>()).expect("hexadecimal");
         let (target, bytes) = match name {
             "ima-ng" | "ima-legacy" | "ima-violation" => ("ima", [&[0], bytes.as_slice()].concat()),
+            "ima-signature" => ("ima_signature", bytes),
             "hello" | "resume" | "entries" | "heartbeat" | "collected" => ("guest_frame", bytes[4..].to_vec()),
             "have" | "collect" => ("host_frame", bytes[4..].to_vec()),
             "attest" | "signature" | "public" | "statement" => (name, bytes),

@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use onequote_evidence::{
     digest::HashAlg,
-    ima::{Aggregate, Entry, ListReader},
+    ima::{Aggregate, Entry, FileSignature, ListReader},
 };
 
 // The first byte chooses the size of the template hash.
@@ -29,6 +29,12 @@ fuzz_target!(|data: &[u8]| {
         if let Ok(fields) = entry.fields() {
             assert!(!fields.path.contains(&0));
             assert!(!fields.path_lossy().chars().any(char::is_control));
+            let _ = fields.buffer_matches();
+            if let Ok(signature) = FileSignature::parse(fields.signature) {
+                if let Some((alg, digest)) = signature.signed_digest(&fields) {
+                    assert_eq!(digest.len(), alg.size());
+                }
+            }
         }
     }
     assert_eq!(aggregate, by_digest);
