@@ -354,6 +354,24 @@ codes! {
     ImaWrongDigest = "ima-wrong-digest", Policy,
         "A file was run or read that is not what the policy knows under its name.",
         "If the file was updated on purpose, add its digest to the policy.";
+    ImaSignatureMissing = "ima-signature-missing", Policy,
+        "A file was run or read that must be signed and is not.",
+        "Find out who brought it; sign it, or take its path out of ima_signed.";
+    ImaSignatureKey = "ima-signature-key", Policy,
+        "A file was run or read that is signed by a key that the policy does not name, and is not allowed otherwise.",
+        "Find out whose key it is; if files may be signed with it, add it to ima_keys.";
+    ImaSignatureBad = "ima-signature-bad", Policy,
+        "A file was run or read whose signature is not good: the file is not what was signed.",
+        "Treat the file as altered; install it anew, and find out who changed it.";
+    ImaBufferUnknown = "ima-buffer-unknown", Policy,
+        "The kernel measured data of a name that the policy does not know.",
+        "Read what it is; if it belongs there, add it to ima_buf.";
+    ImaBufferDigest = "ima-buffer-digest", Policy,
+        "The kernel measured data that are not what the policy knows under their name, such as another command line for kexec.",
+        "Find out who gave them to the kernel; if they were changed on purpose, add them to ima_buf.";
+    ImaKey = "ima-key", Policy,
+        "A key was put on a keyring on which the policy does not allow it.",
+        "Find out whose key it is; what is signed with it may pass the kernel's own checks. If it belongs there, add it to ima_keyrings.";
     VerdictExpired = "verdict-expired", Absence,
         "The last verdict is too old to be relied on.",
         "Ask the host again.";

@@ -10,6 +10,12 @@ use onequote_verifier::policy::Policy;
 
 const DOC: &str = include_str!("../../docs/operations.md");
 
+/// A key to be named in a policy.
+const VENDOR: &str = "-----BEGIN PUBLIC KEY-----\n\
+    MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEBfEksDzoKrKmCMroazrQrn8TstSD\n\
+    dRRXL7cHeLQJTbg9AnLB1sa4389GxNYCEWuEZKKJMf7Jq8QimTLF5Jl+HQ==\n\
+    -----END PUBLIC KEY-----\n";
+
 fn policies() -> Vec<&'static str> {
     let blocks: Vec<_> = (DOC.split("\n```toml policy\n").skip(1))
         .map(|rest| rest.split_once("\n```").expect("a block ends").0)
@@ -37,6 +43,7 @@ fn policies_are_read() {
         fs::write(&path, text).unwrap();
         let files = format!("\"/usr/local/sbin/onequote-proxy\" = [\"sha256:{}\"]\n", "0".repeat(64));
         fs::write(dir.path().join("host-files.toml"), files).unwrap();
+        fs::write(dir.path().join("vendor.pem"), VENDOR).unwrap();
         let (policy, _) = Policy::load(&path).unwrap_or_else(|e| panic!("{e}\n{text}"));
         assert_eq!(policy.host.ima.as_ref().map(onequote_verifier::policy::AllowList::len), Some(1));
         assert_eq!(policy.vms.len(), 1);

@@ -24,6 +24,16 @@ const IMA_PCR: u8 = 10;
 pub struct HostList<'a> {
     /// In order.
     pub entries: Vec<Entry<'a>>,
+    /// Whether the first is the boot aggregate and was found to be that of the quoted registers.
+    pub boot_aggregate: bool,
+}
+
+impl<'a> HostList<'a> {
+    /// The entries that a policy must know: a boot aggregate that was checked says no more than the registers do.
+    #[must_use]
+    pub fn to_judge(&self) -> &[Entry<'a>] {
+        if self.boot_aggregate { self.entries.get(1..).unwrap_or_default() } else { &self.entries }
+    }
 }
 
 /// Replays the host's list. `demanded` says whether the policy wants one.
@@ -69,23 +79,24 @@ pub fn check<'a>(
         return Err(finding.expected(target).actual(modern));
     };
     entries.truncate(believed);
-    check_boot_aggregate(entries.first(), quoted, skipped)?;
-    Ok(HostList { entries })
+    let boot_aggregate = check_boot_aggregate(entries.first(), quoted, skipped)?;
+    Ok(HostList { entries, boot_aggregate })
 }
 
-/// The first entry is the kernel's digest over the registers that firmware and boot loader had extended.
+/// The first entry is the kernel's digest over the registers that firmware and boot loader had extended. False when it
+/// could not be checked.
 fn check_boot_aggregate(
     first: Option<&Entry<'_>>,
     quoted: &QuotedRegisters,
     skipped: &mut Vec<Skipped>,
-) -> Result<(), Finding> {
+) -> Result<bool, Finding> {
     let Some(fields) = first.and_then(|entry| entry.fields().ok()).filter(|f| f.path == b"boot_aggregate") else {
         return Err(Finding::new(Code::HostImaBootAggregate, "entry 0").actual("another entry, or none"));
     };
     if fields.digest_alg != HashAlg::Sha256.name() {
         let why = format!("it is in {}, the quote in sha256", fields.digest_alg);
         skipped.push(Skipped::new("host-boot-aggregate", why));
-        return Ok(());
+        return Ok(false);
     }
     let values: Vec<Sha256> = (0..10).filter_map(|pcr| quoted.sha256(pcr)).collect();
     let parts: Vec<&[u8]> = values.iter().map(Sha256::as_bytes).collect();
@@ -94,5 +105,5 @@ fn check_boot_aggregate(
         let finding = Finding::new(Code::HostImaBootAggregate, "entry 0").expected(expected);
         return Err(finding.actual(hex::encode(fields.digest)));
     }
-    Ok(())
+    Ok(true)
 }

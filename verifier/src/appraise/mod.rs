@@ -118,7 +118,7 @@ pub struct Facts {
     /// For each QEMU process the distinct entries of its guest's lists, as listed, with the size of the template
     /// hash.
     pub entries: BTreeMap<SessionId, Vec<(usize, Vec<u8>)>>,
-    /// The host's own list, as listed.
+    /// The host's own list, as listed, without a boot aggregate that was checked.
     pub host_entries: Vec<Vec<u8>>,
     /// The firmware's event log, and the registers that it explains; none when there is no log.
     pub firmware: Option<(Vec<u8>, BTreeSet<u8>)>,
@@ -224,7 +224,8 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
 
     let (boot, found) = firmware::check(&evidence.firmware, &registers, log.start(), &policy.host, &mut skipped);
     host.extend(found);
-    let demanded = policy.host.ima.is_some();
+    let host_rule = policy.host.ima_rule();
+    let demanded = host_rule.judges_files() || host_rule.judges_buffers();
     let host_list = match host_ima::check(&evidence.host_ima, &registers, demanded, &mut skipped) {
         Ok(list) => list,
         Err(finding) => {
@@ -259,9 +260,12 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
         None => {}
     }
     host.extend(judge::host(&policy.host, &registers, context.software_tpm, &mut skipped));
-    if policy.host.ima.is_some() {
-        host.extend(ima::Judge::new(policy.host.ima.as_ref(), &policy.host.ima_ignore).list(&host_list.entries));
-    } else if !host_list.entries.is_empty() {
+    if demanded {
+        let mut judge = ima::Judge::new(host_rule);
+        host.extend(judge.list(host_list.to_judge()));
+        skipped.extend(judge.unchecked().map(|what| Skipped::new("host-ima", what)));
+    }
+    if !host_rule.judges_files() && !host_list.entries.is_empty() {
         skipped.push(Skipped::new("host-ima", "the policy has no allow list for the host"));
     }
     let vms = verdict::vms(&present, &sessions.tree, policy, &mut dictionary, &guests, &mut skipped);
@@ -284,7 +288,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
         registers,
         entries: verdict::entries(&guests, &mut dictionary),
         firmware: boot.as_ref().map(|boot| (evidence.firmware.clone(), boot.explained().clone())),
-        host_entries: host_list.entries.iter().map(|entry| entry.raw.to_vec()).collect(),
+        host_entries: host_list.to_judge().iter().map(|entry| entry.raw.to_vec()).collect(),
         log,
         sessions,
     });

@@ -1,6 +1,6 @@
 //! Putting a verdict together from what the steps found.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use onequote_evidence::{
     event::VmRef,
@@ -113,7 +113,7 @@ pub(super) fn vms(
     guests: &Guests<'_>,
     skipped: &mut Vec<Skipped>,
 ) -> Vec<VmVerdict> {
-    let mut judges: HashMap<usize, Judge<'_>> = HashMap::new();
+    let mut judges: BTreeMap<usize, Judge<'_>> = BTreeMap::new();
     let mut out = Vec::with_capacity(present.len());
     for one in present {
         let rule = policy.rule(&one.name, one.vm.vm);
@@ -122,7 +122,7 @@ pub(super) fn vms(
         findings.extend(boots_without_reset(one));
         findings.extend(judge::vm(one, rule.map(|(_, rule)| rule)));
         if let Some((index, rule)) = rule {
-            let judge = judges.entry(index).or_insert_with(|| Judge::new(rule.ima.as_ref(), &rule.ima_ignore));
+            let judge = judges.entry(index).or_insert_with(|| Judge::new(rule.ima_rule()));
             let mut seen = HashSet::new();
             for list in guests.lists.iter().filter(|list| list.session == one.vm.session) {
                 let entries = dictionary.entries(list.hash_size);
@@ -133,7 +133,7 @@ pub(super) fn vms(
                     }
                 }
             }
-            if rule.ima.is_none() {
+            if !rule.ima_rule().judges_files() {
                 let reason = format!("{}: its rule has no allow list", one.name);
                 skipped.push(Skipped::new("guest-ima", reason));
             }
@@ -151,6 +151,9 @@ pub(super) fn vms(
         (vm.findings, vm.findings_omitted) = cut(findings);
         vm.images = images(tree, one.vm);
         out.push(vm);
+    }
+    for (index, judge) in judges {
+        skipped.extend(judge.unchecked().map(|what| Skipped::new("guest-ima", format!("rule {}: {what}", index + 1))));
     }
     out
 }

@@ -6,10 +6,13 @@ use serde::Deserialize;
 
 use onequote_evidence::digest::HashAlg;
 
+/// What stands before the algorithm of an fs-verity digest.
+pub const VERITY: &str = "verity:";
+
 /// A file's digest as IMA lists it: an algorithm's name and a value.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct FileHash {
-    /// The algorithm, as the kernel names it.
+    /// The algorithm, as the kernel names it; with [`VERITY`] before it for an fs-verity digest.
     pub alg: Box<str>,
     /// The value.
     pub value: Box<[u8]>,
@@ -76,7 +79,14 @@ impl std::str::FromStr for FileHash {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (alg, value) = text.split_once(':').unwrap_or(("", text));
+        // As a list has it: verity:sha256:… for an fs-verity digest.
+        let (alg, value) = text.rsplit_once(':').unwrap_or(("", text));
+        let (kind, alg) = alg.rsplit_once(':').unwrap_or(("", alg));
+        let kind = match kind {
+            "" | "ima" => "",
+            "verity" => VERITY,
+            other => return Err(format!("{text:?}: {other:?} is not a kind of digest: ima or verity")),
+        };
         let value = hex::decode(value).map_err(|_| format!("{text:?} is not ALGORITHM:HEX"))?;
         let known =
             HashAlg::ALL.into_iter().find(|known| known.name() == alg || alg.is_empty() && known.size() == value.len());
@@ -84,9 +94,11 @@ impl std::str::FromStr for FileHash {
             Some(known) if known.size() != value.len() => {
                 Err(format!("{text:?}: a {known} digest has {} bytes", known.size()))
             }
-            Some(known) => Ok(Self { alg: known.name().into(), value: value.into() }),
+            Some(known) => Ok(Self { alg: format!("{kind}{known}").into(), value: value.into() }),
             // The kernel knows more algorithms than TPMs do; they are compared by name.
-            None if !alg.is_empty() && !value.is_empty() => Ok(Self { alg: alg.into(), value: value.into() }),
+            None if !alg.is_empty() && !value.is_empty() => {
+                Ok(Self { alg: format!("{kind}{alg}").into(), value: value.into() })
+            }
             None => Err(format!("{text:?}: no algorithm named, and the length is that of none")),
         }
     }

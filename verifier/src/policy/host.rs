@@ -10,7 +10,7 @@ use onequote_evidence::{
     pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM},
 };
 
-use super::{AllowList, Consent, FirmwareRule, OneOrMore, Pattern, Pcr};
+use super::{AllowList, Consent, Content, Excludes, FirmwareRule, KeyEntry, OneOrMore, Pattern, Pcr};
 
 /// What is demanded of the host.
 #[derive(Debug, Clone, Deserialize)]
@@ -45,6 +45,24 @@ pub struct HostRule {
     /// Path patterns that are not judged.
     #[serde(default)]
     pub ima_ignore: Vec<Pattern>,
+    /// The same as regular expressions, each of which must fit a path's beginning.
+    #[serde(default)]
+    pub ima_exclude: Excludes,
+    /// Keys that may sign files; a file with a good signature is allowed.
+    #[serde(default)]
+    pub ima_keys: Vec<KeyEntry>,
+    /// Patterns of paths that must have a good signature.
+    #[serde(default)]
+    pub ima_signed: Vec<Pattern>,
+    /// What the kernel may measure beside files, by name: `kexec-cmdline`, …
+    #[serde(default)]
+    pub ima_buf: BTreeMap<String, Vec<Content>>,
+    /// Keys that may be put on keyrings, by keyring.
+    #[serde(default)]
+    pub ima_keyrings: BTreeMap<String, Vec<Content>>,
+    /// Keyrings whose keys are not judged.
+    #[serde(default)]
+    pub ima_ignored_keyrings: Vec<Pattern>,
 }
 
 impl Default for HostRule {
@@ -61,6 +79,12 @@ impl Default for HostRule {
             ima: None,
             ima_file: None,
             ima_ignore: Vec::new(),
+            ima_exclude: Excludes::default(),
+            ima_keys: Vec::new(),
+            ima_signed: Vec::new(),
+            ima_buf: BTreeMap::new(),
+            ima_keyrings: BTreeMap::new(),
+            ima_ignored_keyrings: Vec::new(),
         }
     }
 }

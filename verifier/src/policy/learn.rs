@@ -7,21 +7,32 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use onequote_evidence::{
     event::{Image, Role, VmStart},
-    ima::{Entry, SHA1_HASH_SIZE},
+    ima::{DigestKind, Entry, SHA1_HASH_SIZE},
     pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM, QUOTED_PCRS},
     statement::VmState,
 };
 
 mod firmware;
 
-use super::text::{comment, quote};
+use super::{
+    VERITY, is_keyring,
+    text::{comment, quote},
+};
 use crate::appraise::{Facts, sessions::Session};
 
 /// IMA's own register is judged by the list that it was replayed from.
 const IMA_PCR: u8 = 10;
 
-/// Allowed digests by path.
-type Files = BTreeMap<String, Vec<String>>;
+/// Allowed digests by path or name.
+type Table = BTreeMap<String, Vec<String>>;
+
+/// What measurement lists hold.
+#[derive(Default)]
+struct Measured {
+    files: Table,
+    buffers: Table,
+    keyrings: Table,
+}
 
 /// Writes a policy as TOML.
 #[must_use]
@@ -67,7 +78,7 @@ fn host(out: &mut String, facts: &Facts) {
             history.join(", ")
         );
     }
-    let files = files(facts.host_entries.iter().map(|raw| (SHA1_HASH_SIZE, raw.as_slice())), out);
+    let measured = measured(facts.host_entries.iter().map(|raw| (SHA1_HASH_SIZE, raw.as_slice())), out);
     let _ = writeln!(out, "\n[host.registers]");
     for pcr in QUOTED_PCRS {
         let ours = [start.pcr_vm, start.pcr_guest, IMA_PCR].contains(&pcr);
@@ -76,9 +87,7 @@ fn host(out: &mut String, facts: &Facts) {
         }
     }
     firmware::propose(out, facts);
-    if !files.is_empty() {
-        table(out, "host.ima", &files);
-    }
+    tables(out, "host", &measured);
 }
 
 fn rule(out: &mut String, facts: &Facts, vm: &VmState, session: &Session) {
@@ -111,16 +120,14 @@ fn rule(out: &mut String, facts: &Facts, vm: &VmState, session: &Session) {
     } else {
         let _ = writeln!(out, "runtime = \"required\"");
     }
-    let files = files(entries.iter().map(|(size, raw)| (*size, raw.as_slice())), out);
+    let measured = measured(entries.iter().map(|(size, raw)| (*size, raw.as_slice())), out);
     if !start.images.is_empty() {
         let _ = writeln!(out, "\n[vm.images]");
         for one in &start.images {
             image(out, one);
         }
     }
-    if !files.is_empty() {
-        table(out, "vm.ima", &files);
-    }
+    tables(out, "vm", &measured);
 }
 
 fn part(out: &mut String, start: &VmStart, key: &str, role: Role, judged_only_if_named: bool) {
@@ -157,9 +164,9 @@ fn image(out: &mut String, image: &Image) {
     let _ = writeln!(out, "{} = {{ digests = [\"{}\"]{how} }}", quote(&image.slot), image.digest);
 }
 
-/// The files of measurement lists, and a comment on what was left out.
-fn files<'a>(entries: impl Iterator<Item = (usize, &'a [u8])>, out: &mut String) -> Files {
-    let mut files = Files::new();
+/// What measurement lists hold, and a comment on what was left out.
+fn measured<'a>(entries: impl Iterator<Item = (usize, &'a [u8])>, out: &mut String) -> Measured {
+    let mut measured = Measured::default();
     for (hash_size, raw) in entries {
         let Ok(entry) = Entry::parse(raw, hash_size) else { continue };
         let fields = entry.fields().ok();
@@ -175,19 +182,32 @@ fn files<'a>(entries: impl Iterator<Item = (usize, &'a [u8])>, out: &mut String)
         if path == "boot_aggregate" && fields.digest.iter().all(|&byte| byte == 0) {
             continue;
         }
-        let digest = format!("{}:{}", fields.digest_alg, hex::encode(fields.digest));
-        let digests = files.entry(path.to_owned()).or_default();
+        let kind = if fields.digest_kind == DigestKind::Verity { VERITY } else { "" };
+        let digest = format!("{kind}{}:{}", fields.digest_alg, hex::encode(fields.digest));
+        let table = match (fields.buffer, is_keyring(path)) {
+            (None, _) => &mut measured.files,
+            (Some(_), false) => &mut measured.buffers,
+            (Some(_), true) => &mut measured.keyrings,
+        };
+        let digests = table.entry(path.to_owned()).or_default();
         if !digests.contains(&digest) {
             digests.push(digest);
         }
     }
-    files
+    measured
 }
 
-fn table(out: &mut String, name: &str, files: &Files) {
-    let _ = writeln!(out, "\n[{name}]");
-    for (path, digests) in files {
-        let digests: Vec<String> = digests.iter().map(|digest| quote(digest)).collect();
-        let _ = writeln!(out, "{} = [{}]", quote(path), digests.join(", "));
+fn tables(out: &mut String, rule: &str, measured: &Measured) {
+    for (name, table) in
+        [("ima", &measured.files), ("ima_buf", &measured.buffers), ("ima_keyrings", &measured.keyrings)]
+    {
+        if table.is_empty() {
+            continue;
+        }
+        let _ = writeln!(out, "\n[{rule}.{name}]");
+        for (path, digests) in table {
+            let digests: Vec<String> = digests.iter().map(|digest| quote(digest)).collect();
+            let _ = writeln!(out, "{} = [{}]", quote(path), digests.join(", "));
+        }
     }
 }

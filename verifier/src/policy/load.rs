@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use onequote_evidence::pcr::PCR_COUNT;
 
-use super::{AllowList, Policy};
+use super::{AllowList, KeyEntry, Policy, SigningKey, keys::KeyError};
 
 /// The longest policy or allow-list file in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
@@ -27,6 +27,14 @@ pub enum PolicyError {
         path: PathBuf,
         /// Line, column, key and what is wrong.
         message: String,
+    },
+    /// A key that it names cannot be used.
+    #[error("{path}")]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: KeyError,
     },
     /// It contradicts itself.
     #[error("{path}: {rule}: {why}")]
@@ -59,8 +67,8 @@ impl Policy {
         let policy: Self = toml::from_str(text).map_err(|e| located(Path::new(name), &e))?;
         policy.check(Path::new(name))?;
         if policy.names_files() {
-            let why = "ima_file names another file: take its content in under ima";
-            return Err(PolicyError::Rule { path: name.into(), rule: "ima_file".into(), why });
+            let why = "they name other files: take the files' content in under ima, and PEM texts in ima_keys";
+            return Err(PolicyError::Rule { path: name.into(), rule: "ima_file or ima_keys".into(), why });
         }
         Ok(policy)
     }
@@ -87,7 +95,9 @@ impl Policy {
     }
 
     fn names_files(&self) -> bool {
-        self.host.ima_file.is_some() || self.vms.iter().any(|vm| vm.ima_file.is_some())
+        let files = |file: bool, keys: &[KeyEntry]| file || keys.iter().any(|key| key.key().is_none());
+        files(self.host.ima_file.is_some(), &self.host.ima_keys)
+            || self.vms.iter().any(|vm| files(vm.ima_file.is_some(), &vm.ima_keys))
     }
 
     fn check(&self, path: &Path) -> Result<(), PolicyError> {
@@ -104,8 +114,16 @@ impl Policy {
                 return fail("host.firmware, kernel".into(), "an empty list allows no boot; leave it out not to judge");
             }
         }
+        let without_keys = |rule: super::ImaRule<'_>| !rule.signed.is_empty() && rule.keys.is_empty();
+        let why = "ima_signed wants signatures: name the keys in ima_keys";
+        if without_keys(host.ima_rule()) {
+            return fail("host".into(), why);
+        }
         for (i, vm) in self.vms.iter().enumerate() {
             let rule = format!("vm rule {}", i + 1);
+            if without_keys(vm.ima_rule()) {
+                return fail(rule, why);
+            }
             if vm.name.is_some() == vm.uuid.is_some() {
                 return fail(rule, "give either name or uuid");
             }
@@ -119,8 +137,31 @@ impl Policy {
     }
 }
 
+/// Replaces the names of files in `ima_keys` by the files' content.
+fn take_keys_in(rule: &mut toml::Table, folder: &Path) -> Result<(), PolicyError> {
+    for entry in rule.get_mut("ima_keys").and_then(toml::Value::as_array_mut).into_iter().flatten() {
+        let text = match entry {
+            toml::Value::String(text) => text,
+            toml::Value::Table(table) => match table.get_mut("key") {
+                Some(toml::Value::String(text)) => text,
+                _ => continue,
+            },
+            _ => continue,
+        };
+        if KeyEntry::is_pem(text) {
+            continue;
+        }
+        let path = folder.join(&*text);
+        let pem = read(&path)?;
+        SigningKey::from_pem(&pem).map_err(|source| PolicyError::Key { path, source })?;
+        *text = pem;
+    }
+    Ok(())
+}
+
 /// Replaces `ima_file` by the files' content under `ima`.
 fn take_in(rule: &mut toml::Table, folder: &Path) -> Result<(), PolicyError> {
+    take_keys_in(rule, folder)?;
     let names = match rule.remove("ima_file") {
         Some(toml::Value::String(name)) => vec![name],
         Some(toml::Value::Array(names)) => names.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect(),

@@ -30,6 +30,8 @@
 mod allow;
 mod firmware;
 mod host;
+mod ima;
+pub mod keys;
 pub mod learn;
 mod load;
 mod text;
@@ -41,9 +43,11 @@ use serde::Deserialize;
 
 use onequote_evidence::id::VmId;
 
-pub use allow::{AllowList, FileHash, Judgement};
+pub use allow::{AllowList, FileHash, Judgement, VERITY};
 pub use firmware::{DatabaseRule, Digests, FirmwareRule, PlainDigest, StubDigest};
 pub use host::HostRule;
+pub use ima::{Content, Excludes, ImaRule, is_keyring};
+pub use keys::{KeyEntry, SigningKey};
 pub use load::PolicyError;
 pub use value::{Allowed, Consent, OneOrMore, Pattern, Pcr, Reference};
 pub use vm::{Changes, ImageRule, Runtime, VmRule};

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use onequote_evidence::{digest::FileDigest, event::Role, id::VmId};
 
-use super::{AllowList, Allowed, Consent, OneOrMore, Pattern};
+use super::{AllowList, Allowed, Consent, Content, Excludes, KeyEntry, OneOrMore, Pattern};
 
 /// What is demanded of a VM.
 #[derive(Debug, Clone, Deserialize)]
@@ -71,6 +71,24 @@ pub struct VmRule {
     /// Path patterns that are not judged.
     #[serde(default)]
     pub ima_ignore: Vec<Pattern>,
+    /// The same as regular expressions, each of which must fit a path's beginning.
+    #[serde(default)]
+    pub ima_exclude: Excludes,
+    /// Keys that may sign files; a file with a good signature is allowed.
+    #[serde(default)]
+    pub ima_keys: Vec<KeyEntry>,
+    /// Patterns of paths that must have a good signature.
+    #[serde(default)]
+    pub ima_signed: Vec<Pattern>,
+    /// What the kernel may measure beside files, by name: `kexec-cmdline`, …
+    #[serde(default)]
+    pub ima_buf: BTreeMap<String, Vec<Content>>,
+    /// Keys that may be put on keyrings, by keyring.
+    #[serde(default)]
+    pub ima_keyrings: BTreeMap<String, Vec<Content>>,
+    /// Keyrings whose keys are not judged.
+    #[serde(default)]
+    pub ima_ignored_keyrings: Vec<Pattern>,
 }
 
 /// What is demanded of a disk image.

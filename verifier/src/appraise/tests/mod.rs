@@ -4,6 +4,7 @@ mod authenticity;
 mod changes;
 mod firmware;
 mod history;
+mod ima;
 mod policy;
 
 use super::{Appraisal, testing::*};
