@@ -164,6 +164,10 @@ words! {
         ProxyDown = 2 "proxy-down",
         /// A VM's monitor connection was lost and found again.
         MonitorLost = 3 "monitor-lost",
+        /// The TPM's registers began anew, but the host's kernel is the same.
+        TpmReset = 4 "tpm-reset",
+        /// The host's kernel is another one, but the TPM's registers go on.
+        Kexec = 5 "kexec",
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use onequote_evidence::{
     event::{Event, GapReason, LogGap, ProxyStart},
-    id::Epoch,
+    id::{BootId, Epoch},
     log::{LogError, LogErrorKind, Replay},
     pcr::{self, Register, Registers},
     record::Record,
@@ -22,7 +22,7 @@ use super::{
     StoreError, TpmFactory, TpmInfo,
     index::Index,
     pace::Pace,
-    recovery::{self, Continue, Extend, Plan, TpmState},
+    recovery::{self, Continue, Extend, Gap, Plan, TpmState},
 };
 use crate::{
     inventory::Inventory,
@@ -47,6 +47,8 @@ pub(super) struct Journal {
     live: Option<Live>,
     /// Whether this process's `proxy-start` is in the log.
     announced: bool,
+    /// The boot whose log this process goes on with, if it was another.
+    kexec_from: Option<BootId>,
     state: watch::Sender<Option<State>>,
     /// `TPM2_Quote` commands since the start.
     quotes: u64,
@@ -94,8 +96,17 @@ impl Journal {
             return Err(RecorderError::BadRegisters(vm, guest));
         }
         let (state, _) = watch::channel(None);
-        let mut journal =
-            Self { config, store, open_tpm, live: None, announced: false, state, quotes: 0, pace: Pace::default() };
+        let mut journal = Self {
+            config,
+            store,
+            open_tpm,
+            live: None,
+            announced: false,
+            kexec_from: None,
+            state,
+            quotes: 0,
+            pace: Pace::default(),
+        };
         journal.recover()?;
         if !journal.announced {
             journal.announce()?;
@@ -159,10 +170,15 @@ impl Journal {
 
     fn announce(&mut self) -> Result<(), RecorderError> {
         let live = self.take_live()?;
-        let start = proxy_start(&mut self.config, live.clock, live.epoch, live.replay.registers());
+        let mut events = vec![proxy_start(&mut self.config, live.clock, live.epoch, live.replay.registers())];
+        if let Some(before) = self.kexec_from {
+            let detail = format!("boot {before} was followed by boot {}, and the TPM went on", self.config.boot_id);
+            warn!(%before, now = %self.config.boot_id, "another kernel runs, but the TPM was not reset");
+            events.push(gap_event(&mut self.config, GapReason::Kexec, detail));
+        }
         let epoch = live.epoch;
         self.live = Some(live);
-        self.append(epoch, PcrRole::Vm, &[start])?;
+        self.append(epoch, PcrRole::Vm, &events)?;
         self.announced = true;
         Ok(())
     }
@@ -317,7 +333,7 @@ impl Journal {
         }
         let clock = tpm.clock()?;
         let registers = tpm.pcr_read(&ours)?;
-        let now = TpmState { clock, registers, pcr_vm, pcr_guest };
+        let now = TpmState { clock, registers, pcr_vm, pcr_guest, boot_id: self.config.boot_id };
         let info = TpmInfo {
             ak_public: tpm.ak_public().into(),
             software: tpm.is_software(),
@@ -368,7 +384,8 @@ impl Journal {
     }
 
     fn go_on(&mut self, mut tpm: Box<dyn Tpm>, clock: Clock, log: Continue) -> Result<(Live, Index), RecorderError> {
-        let Continue { epoch, replay, index, missing, torn, set_aside } = log;
+        let Continue { epoch, replay, index, missing, torn, set_aside, kexec_from } = log;
+        self.kexec_from = kexec_from;
         let (number, records) = (epoch.number, index.len());
         if torn {
             warn!(epoch = number, records, "the last record is torn; cutting it off, its bytes are kept aside");
@@ -390,7 +407,7 @@ impl Journal {
         mut tpm: Box<dyn Tpm>,
         now: TpmState,
         number: u64,
-        gap: Option<&(GapReason, String, u64)>,
+        gap: Option<&Gap>,
         remains: bool,
     ) -> Result<(Live, Index), RecorderError> {
         let TpmState { clock, registers, .. } = now;
@@ -400,11 +417,10 @@ impl Journal {
         self.store.create(number)?;
         let epoch = Epoch { number, id: (self.config.new_epoch_id)() };
         let mut events = vec![proxy_start(&mut self.config, clock, epoch, &registers)];
-        if let Some((reason, detail, old)) = gap {
-            warn!(%reason, detail, epoch = number, "the log does not explain the registers: a new epoch begins");
-            let detail = format!("{detail}; the log of epoch {old} is set aside");
-            let body = LogGap { reason: *reason, detail }.into();
-            events.push(Event { time: (self.config.now)(), vm: None, body });
+        if let Some(Gap { reason, detail, set_aside }) = gap {
+            warn!(%reason, detail, epoch = number, "the registers do not follow from the log: a new epoch begins");
+            let aside = set_aside.map(|old| format!("; the log of epoch {old} is set aside")).unwrap_or_default();
+            events.push(gap_event(&mut self.config, *reason, format!("{detail}{aside}")));
         } else {
             info!(epoch = number, "a new log begins");
         }
@@ -416,8 +432,8 @@ impl Journal {
         self.announced = true;
         let extend = Extend::from(&record);
         tpm.extend(extend.pcr, &extend.digests)?;
-        if let Some((_, _, old)) = gap {
-            self.store.set_aside(*old)?;
+        if let Some(old) = gap.and_then(|gap| gap.set_aside) {
+            self.store.set_aside(old)?;
         }
         let replay = Replay::begin(&record).map_err(RecorderError::Damaged)?;
         let mut index = Index::new(epoch);
@@ -474,6 +490,10 @@ fn check_quote(quoted: &Quoted, data: QualifyingData, registers: &[Register]) ->
 
 fn head(live: &Live) -> LogHead {
     LogHead { epoch: live.epoch, log_len: live.replay.len(), registers: live.replay.registers().clone() }
+}
+
+fn gap_event(config: &mut RecorderConfig, reason: GapReason, detail: String) -> Event {
+    Event { time: (config.now)(), vm: None, body: LogGap { reason, detail }.into() }
 }
 
 fn proxy_start(config: &mut RecorderConfig, clock: Clock, epoch: Epoch, registers: &Registers) -> Event {

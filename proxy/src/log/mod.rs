@@ -19,8 +19,10 @@
 //! | --- | --- |
 //! | all whole records | go on; bytes of a torn record are cut off and kept in a file of their own |
 //! | all but the last one | the missing extend is made up; go on |
-//! | anything, and the TPM was reset since | a new epoch: new file, `proxy-start` with the registers' values as history |
+//! | anything, and the TPM was reset since | a new epoch: new file, `proxy-start` with the registers' values as history; if the kernel is the same as before, also `log-gap` (`tpm-reset`) |
 //! | anything else | a new epoch that also says `log-gap`; the old file is kept, renamed to end in `.aside` |
+//!
+//! A log that goes on under another kernel (kexec: registers are not reset) says so with `log-gap` (`kexec`).
 //!
 //! The last row is never papered over: it means that somebody else extended our registers, or that the file was
 //! changed. The same look at the registers is taken before every quote.

@@ -3,7 +3,7 @@
 use onequote_evidence::{
     digest::BankDigest,
     event::{Event, EventBody, GapReason, ProxyStart},
-    id::Epoch,
+    id::{BootId, Epoch},
     log::Replay,
     pcr::{self, Register, Registers},
     record::Record,
@@ -19,6 +19,8 @@ pub(super) struct TpmState {
     pub(super) registers: Registers,
     pub(super) pcr_vm: u8,
     pub(super) pcr_guest: u8,
+    /// The kernel that runs now.
+    pub(super) boot_id: BootId,
 }
 
 /// What has to be done.
@@ -28,11 +30,19 @@ pub(super) enum Plan {
     /// Begin the log of epoch `number`.
     Begin {
         number: u64,
-        /// Why the log does not cover everything, if it doesn't, and the epoch whose log is set aside for it.
-        gap: Option<(GapReason, String, u64)>,
+        /// Why the log does not cover everything, if it doesn't.
+        gap: Option<Gap>,
         /// Whether a file of that number is there already, from a beginning that did not get far.
         remains: bool,
     },
+}
+
+/// Why a new log does not cover everything.
+pub(super) struct Gap {
+    pub(super) reason: GapReason,
+    pub(super) detail: String,
+    /// The epoch whose log is set aside for it. One that ended with its registers stays: it is whole.
+    pub(super) set_aside: Option<u64>,
 }
 
 /// The log to go on with.
@@ -47,6 +57,8 @@ pub(super) struct Continue {
     pub(super) torn: bool,
     /// An older epoch whose log this one has replaced with a `log-gap`.
     pub(super) set_aside: Option<u64>,
+    /// The kernel that wrote the last `proxy-start`, if it was another: the registers outlived it.
+    pub(super) kexec_from: Option<BootId>,
 }
 
 /// An extend: register and digests.
@@ -99,7 +111,9 @@ struct Survey {
 
 struct Begin {
     start: ProxyStart,
-    /// Whether it says `log-gap`.
+    /// The last `proxy-start`: boot id and restart count may be others than those of the first.
+    last: ProxyStart,
+    /// Whether it says `log-gap` for a reason that sets the log before it aside.
     gap: bool,
     replay: Replay,
     index: Index,
@@ -142,6 +156,9 @@ impl Survey {
             Some(begin) => {
                 begin.replay.apply(&record).map_err(|error| error.to_string())?;
                 begin.index.push(size);
+                if let Some(start) = proxy_start(&record) {
+                    begin.last = start;
+                }
             }
             None => {
                 let replay = Replay::begin(&record).map_err(|error| error.to_string())?;
@@ -154,7 +171,8 @@ impl Survey {
                 }
                 let mut index = Index::new(start.epoch);
                 index.push(size);
-                self.begin = Some(Begin { gap: has_gap(&record), start, replay, index });
+                let gap = set_others_aside(&record);
+                self.begin = Some(Begin { gap, last: start.clone(), start, replay, index });
             }
         }
         self.whole += 1;
@@ -178,18 +196,26 @@ impl Survey {
         next: u64,
         remains: bool,
     ) -> Result<Plan, RecorderError> {
-        let begin_new = |gap: Option<(GapReason, String)>| Plan::Begin {
-            number: next,
-            gap: gap.map(|(reason, detail)| (reason, detail, number)),
-            remains,
-        };
-        let damaged = |detail: String| Ok(begin_new(Some((GapReason::LogDamaged, detail))));
+        let begin_new = |gap: Option<Gap>| Plan::Begin { number: next, gap, remains };
+        let aside = |(reason, detail)| Some(Gap { reason, detail, set_aside: Some(number) });
+        let damaged = |detail: String| Ok(begin_new(aside((GapReason::LogDamaged, detail))));
         let Some(begin) = self.begin else {
             let Tail::Damaged(detail) = self.tail else { return Ok(begin_new(None)) };
             return damaged(detail);
         };
-        if begin.start.reset_count != tpm.clock.reset_count {
-            return Ok(begin_new(None));
+        let same_kernel = begin.last.boot_id == tpm.boot_id;
+        let (resets, restarts) = (begin.last.reset_count, begin.last.restart_count);
+        let restarted = restarts != tpm.clock.restart_count;
+        let began_anew = || {
+            let now = tpm.clock;
+            let detail = format!(
+                "resets {resets} to {}, restarts {restarts} to {}, in boot {}: the log of epoch {number} ended without its host",
+                now.reset_count, now.restart_count, tpm.boot_id
+            );
+            same_kernel.then_some(Gap { reason: GapReason::TpmReset, detail, set_aside: None })
+        };
+        if resets != tpm.clock.reset_count {
+            return Ok(begin_new(began_anew()));
         }
         let (log, configured) = ((begin.start.pcr_vm, begin.start.pcr_guest), (tpm.pcr_vm, tpm.pcr_guest));
         if log != configured {
@@ -199,12 +225,13 @@ impl Survey {
             return damaged(detail);
         }
         let explained = self.matched.is_some_and(|matched| matched + 1 >= self.whole);
-        if !explained && begin.start.restart_count != tpm.clock.restart_count && all_zero(&tpm.registers) {
-            // A TPM restart (hibernation): registers begin anew, and the count of resets stays.
-            return Ok(begin_new(None));
+        // A TPM restart: registers begin anew, and the count of resets stays. In another boot its stub may have extended
+        // them already: a verifier sees what they hold in the new log's history.
+        if !explained && restarted && (!same_kernel || all_zero(&tpm.registers)) {
+            return Ok(begin_new(began_anew()));
         }
         if !explained {
-            return Ok(begin_new(Some(mismatch(self.matched, self.whole, &begin.replay, tpm))));
+            return Ok(begin_new(aside(mismatch(self.matched, self.whole, &begin.replay, tpm))));
         }
         let missing = if self.matched == Some(self.whole) { None } else { self.last.as_ref().map(Extend::from) };
         Ok(Plan::Continue(Box::new(Continue {
@@ -214,6 +241,7 @@ impl Survey {
             missing,
             torn: matches!(self.tail, Tail::Torn),
             set_aside: before.filter(|_| begin.gap),
+            kexec_from: (!same_kernel).then_some(begin.last.boot_id),
         })))
     }
 }
@@ -234,8 +262,18 @@ fn mismatch(matched: Option<u64>, whole: u64, replay: &Replay, tpm: &TpmState) -
     }
 }
 
-fn has_gap(record: &Record) -> bool {
-    record.events().is_ok_and(|events| events.iter().any(|Event { body, .. }| matches!(body, EventBody::LogGap(_))))
+/// The `proxy-start` of a record, which is its first event.
+fn proxy_start(record: &Record) -> Option<ProxyStart> {
+    record.events().ok()?.into_iter().find_map(|event| match event.body {
+        EventBody::ProxyStart(start) => Some(start),
+        _ => None,
+    })
+}
+
+/// Whether a log begins because the one before it could not go on.
+fn set_others_aside(record: &Record) -> bool {
+    let replaces = |event: &Event| matches!(&event.body, EventBody::LogGap(gap) if gap.reason != GapReason::TpmReset);
+    record.events().is_ok_and(|events| events.iter().any(replaces))
 }
 
 fn all_zero(registers: &Registers) -> bool {

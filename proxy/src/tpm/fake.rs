@@ -65,6 +65,17 @@ impl FakeChip {
         chip.restart_count = 0;
     }
 
+    /// `TPM2_Shutdown(STATE)`, then `TPM2_Startup(STATE)`: registers stay.
+    pub(crate) fn resume(&self) {
+        self.lock().restart_count += 1;
+    }
+
+    /// `TPM2_Shutdown(STATE)`, then `TPM2_Startup(CLEAR)`: registers begin anew, the count of resets stays.
+    pub(crate) fn restart(&self) {
+        self.clear();
+        self.lock().restart_count += 1;
+    }
+
     /// An extend by somebody else.
     pub(crate) fn foreign_extend(&self, pcr: u8) {
         let mut chip = self.lock();

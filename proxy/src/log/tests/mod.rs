@@ -1,6 +1,9 @@
 //! The log against every fault that can be counted.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicU8, Ordering},
+};
 
 use onequote_evidence::{
     digest::{HashAlg, sha256},
@@ -18,6 +21,7 @@ use super::{
 };
 use crate::tpm::fake::{FakeChip, Fault};
 
+mod boots;
 mod crash;
 mod damage;
 mod failure;
@@ -32,6 +36,8 @@ struct World {
     chip: FakeChip,
     disk: MemoryDisk,
     steps: Arc<Mutex<Steps>>,
+    /// What its kernel's boot id is made of.
+    boot: Arc<AtomicU8>,
 }
 
 #[derive(Default)]
@@ -58,7 +64,12 @@ enum Happens {
 
 impl World {
     fn new() -> Self {
-        let world = Self { chip: FakeChip::new(&BANKS), disk: MemoryDisk::default(), steps: Arc::default() };
+        let world = Self {
+            chip: FakeChip::new(&BANKS),
+            disk: MemoryDisk::default(),
+            steps: Arc::default(),
+            boot: Arc::new(AtomicU8::new(3)),
+        };
         let this = world.clone();
         world.chip.set_fault(move |name| {
             let fault = match this.steps().step(name, 0) {
@@ -90,13 +101,25 @@ impl World {
 
     fn start(&self) -> Result<Journal, RecorderError> {
         let chip = self.chip.clone();
-        Journal::start(config(), self.disk.store(), Box::new(move || chip.connect()))
+        let config = RecorderConfig { boot_id: BootId([self.boot.load(Ordering::Relaxed); 16]), ..config() };
+        Journal::start(config, self.disk.store(), Box::new(move || chip.connect()))
     }
 
     /// A start that nothing disturbs.
     fn start_well(&self) -> Journal {
         self.plan(None, false);
         self.start().unwrap()
+    }
+
+    /// Another kernel runs.
+    fn kexec(&self) {
+        self.boot.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The host is started again.
+    fn reboot(&self) {
+        self.chip.reset();
+        self.kexec();
     }
 
     fn registers(&self) -> Registers {
@@ -118,7 +141,7 @@ impl Steps {
 }
 
 fn config() -> RecorderConfig {
-    static EPOCHS: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(1);
+    static EPOCHS: AtomicU8 = AtomicU8::new(1);
     RecorderConfig {
         host: "host-1".parse().unwrap(),
         boot_id: BootId([3; 16]),
@@ -130,7 +153,7 @@ fn config() -> RecorderConfig {
         quoted_banks: HashAlg::ALL.to_vec(),
         inventory: Arc::default(),
         now: Box::new(|| TimeMs(5)),
-        new_epoch_id: Box::new(|| EpochId([EPOCHS.fetch_add(1, std::sync::atomic::Ordering::Relaxed); 16])),
+        new_epoch_id: Box::new(|| EpochId([EPOCHS.fetch_add(1, Ordering::Relaxed); 16])),
     }
 }
 
