@@ -87,18 +87,50 @@ fn an_extend_by_somebody_else_is_never_papered_over() {
 }
 
 #[test]
-fn a_reset_of_the_tpm_begins_a_new_epoch_without_alarm() {
+fn a_reset_of_the_tpm_under_a_running_host_is_found() {
     World::test(|world| {
         world.start_enrolled()?;
-        world.learn_policy()?;
+        let policy = world.learn_policy()?;
         world.verdict()?.host().is("trusted")?;
         world.proxy()?.terminate()?;
         world.tpm()?.reset()?;
         world.start_proxy()?;
         world.enrol_again()?;
+        for _ in 0..2 {
+            world.verdict()?.host().is_untrusted_for("tpm-reset", "record 0")?;
+        }
+        let log = world.proxy_command(&["log"])?.success()?.output;
+        ensure!(log.contains("epoch 2") && log.contains("tpm-reset"), "{log}");
+        // A proxy whose log was taken away knows nothing of it; the verifier does.
+        world.proxy()?.terminate()?;
+        world.tpm()?.reset()?;
+        for epoch in world.epochs()? {
+            std::fs::remove_file(world.proxy_state().join(format!("log/epoch-{epoch:08}.cel")))?;
+        }
+        std::fs::write(world.proxy_state().join("log/epoch-00000005.cel"), "")?;
+        world.start_proxy()?;
+        world.enrol_again()?;
+        world.verdict()?.host().is_untrusted_for("tpm-reset", "epoch 5")?;
+        let log = world.proxy_command(&["log"])?.success()?.output;
+        ensure!(log.contains("epoch 5") && !log.contains("log-gap"), "{log}");
+        // Who knows why it was may accept it.
+        let text = std::fs::read_to_string(&policy)?.replacen("[host]\n", "[host]\naccept_gaps = [\"tpm-reset\"]\n", 1);
+        std::fs::write(&policy, text)?;
+        world.verifier(&["policy", "set", World::HOST, &policy.to_string_lossy()])?.success()?;
+        world.verdict()?.host().is("trusted")
+    });
+}
+
+#[test]
+fn a_suspend_of_the_tpm_is_no_alarm() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        world.learn_policy()?;
+        world.verdict()?.host().is("trusted")?;
+        world.tpm()?.suspend()?;
         world.verdict()?.host().is("trusted")?;
         let log = world.proxy_command(&["log"])?.success()?.output;
-        ensure!(log.contains("epoch 2") && !log.contains("log-gap"), "{log}");
+        ensure!(log.contains("epoch 1") && !log.contains("log-gap"), "{log}");
         Ok(())
     });
 }

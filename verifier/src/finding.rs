@@ -103,14 +103,14 @@ codes! {
         "The host's statement does not have the form that it must have.",
         "Check that proxy and verifier are of the same release; otherwise treat the host as hostile.";
     ClockRegression = "clock-regression", Evidence,
-        "The TPM's clock runs behind what it was when the last evidence was accepted.",
-        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+        "The TPM's clock runs behind what it was when the last evidence was accepted, and no reset that lost its time explains it.",
+        "Old evidence is played again, or a software TPM's files or the host's VM snapshot were put back; after TPM2_Clear or a new TPM enrol the host again.";
     ResetCountRegression = "reset-count-regression", Evidence,
-        "The TPM's reset counter is lower than it was.",
-        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+        "The TPM's reset counter is lower than it was: counters only grow.",
+        "Old evidence is played again, or a software TPM's files or the host's VM snapshot were put back; after TPM2_Clear or a new TPM enrol the host again.";
     RestartCountRegression = "restart-count-regression", Evidence,
-        "The TPM's restart counter is lower than it was.",
-        "Somebody plays old evidence, or the TPM was cleared: then enrol the host again.";
+        "The TPM's restart counter is lower than it was, without a reset in between: only a reset sets it back.",
+        "Old evidence is played again, or a software TPM's files or the host's VM snapshot were put back; after TPM2_Clear or a new TPM enrol the host again.";
     PcrSelection = "pcr-selection", Evidence,
         "The TPM quoted other registers than those asked for.",
         "Check pcr_vm and pcr_guest in proxy and policy; otherwise treat the host as hostile.";
@@ -210,6 +210,12 @@ codes! {
     LogGap = "log-gap", History,
         "The log does not cover everything: the proxy says so itself.",
         "Read the gap's reason; accept_gaps in the policy says which reasons are harmless here.";
+    TpmReset = "tpm-reset", History,
+        "The TPM's registers began anew while the host's kernel went on: what they held of it before is gone.",
+        "Reboot the host and find out who reset its TPM. A hibernation does so too, and a software TPM that is started again.";
+    HostKexec = "host-kexec", History,
+        "Another kernel was started by kexec: the registers still show the boot of the one before.",
+        "Reboot the host through its firmware, or allow it with accept_gaps if the host's IMA list shows what was loaded.";
     UnknownEvent = "unknown-event", History,
         "The log has an event that this verifier does not know.",
         "Bring the verifier to the proxy's release.";

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{process::Process, wait};
 
@@ -37,7 +39,7 @@ impl Tpm {
     /// swtpm is missing or does not start.
     pub fn start(folder: &Path, detached: bool, count: bool) -> Result<Self> {
         fs::create_dir_all(folder.join("state"))?;
-        let process = spawn(folder, detached, count)?;
+        let process = spawn(folder, detached, count, "startup-clear")?;
         Ok(Self { folder: folder.to_owned(), process, detached, count })
     }
 
@@ -80,14 +82,31 @@ impl Tpm {
         self.process.kill()
     }
 
-    /// Stops the TPM and starts it again with the same state, as a reboot of the host does: its PCRs start anew and its
+    /// Stops the TPM and starts it again with the same state, as when its power is lost: its PCRs start anew and its
     /// reset count rises.
     ///
     /// # Errors
     /// It does not go or come.
     pub fn reset(&mut self) -> Result<()> {
         self.process.kill()?;
-        self.process = spawn(&self.folder, self.detached, self.count)?;
+        self.process = spawn(&self.folder, self.detached, self.count, "startup-clear")?;
+        Ok(())
+    }
+
+    /// Suspends the TPM and lets it go on: `TPM2_Shutdown(STATE)`, loss of power, `TPM2_Startup(STATE)`. Its PCRs stay
+    /// and its restart count rises.
+    ///
+    /// # Errors
+    /// It does not go or come.
+    pub fn suspend(&mut self) -> Result<()> {
+        let mut stream = UnixStream::connect(self.folder.join("tpm"))?;
+        // TPM_ST_NO_SESSIONS, 12 bytes, TPM_CC_Shutdown, TPM_SU_STATE.
+        stream.write_all(&[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x45, 0, 1])?;
+        let mut answer = [0; 10];
+        stream.read_exact(&mut answer)?;
+        ensure!(answer[6..] == [0; 4], "TPM2_Shutdown: {answer:02x?}");
+        self.process.kill()?;
+        self.process = spawn(&self.folder, self.detached, self.count, "startup-state")?;
         Ok(())
     }
 
@@ -97,7 +116,7 @@ impl Tpm {
     }
 }
 
-fn spawn(folder: &Path, detached: bool, count: bool) -> Result<Process> {
+fn spawn(folder: &Path, detached: bool, count: bool, startup: &str) -> Result<Process> {
     for socket in ["tpm", "tpm.ctrl"] {
         let _ = fs::remove_file(folder.join(socket));
     }
@@ -108,7 +127,8 @@ fn spawn(folder: &Path, detached: bool, count: bool) -> Result<Process> {
         .arg(format!("type=unixio,path={}", folder.join("tpm").display()))
         .arg("--ctrl")
         .arg(format!("type=unixio,path={}", folder.join("tpm.ctrl").display()))
-        .args(["--flags", "not-need-init,startup-clear"])
+        .arg("--flags")
+        .arg(format!("not-need-init,{startup}"))
         .current_dir(folder);
     if count {
         command.args(["--log", "file=commands.log,level=20"]);

@@ -19,6 +19,7 @@
 
 mod changes;
 pub mod counters;
+pub mod epoch;
 pub mod firmware;
 pub mod freshness;
 pub mod guests;
@@ -221,6 +222,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     let clock = quoted.attest().clock;
     let accepted = context.state.accepted.as_ref();
     let mut host = counters;
+    let past = epoch::check(&log, statement.epoch, accepted);
 
     let (boot, found) = firmware::check(&evidence.firmware, &registers, log.start(), &policy.host, &mut skipped);
     host.extend(found);
@@ -241,6 +243,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     let mut sessions = sessions::fold(&log, context.state.base_for(statement.epoch), &names, policy);
     host.append(&mut sessions.findings);
     let mut notes = std::mem::take(&mut sessions.notes);
+    host.extend(past.iter().filter_map(|gap| sessions::past_gap_finding(gap, policy, &mut notes)));
     let mut dictionary = Dictionary::new(&evidence.dictionary);
     let mut guests = guests::check(statement, &sessions, &evidence.guests, &mut dictionary, &context.state.guests);
     host.append(&mut guests.host_findings);
@@ -277,6 +280,9 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
             registers: log.registers().to_vec(),
             history_accepted,
             clock,
+            boot_id: Some(epoch::last_boot(&log)),
+            gaps: epoch::told(&log),
+            past_gaps: past,
         }),
         base: context.state.base_for(statement.epoch),
         tree: sessions.tree.clone(),

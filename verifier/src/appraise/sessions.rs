@@ -17,7 +17,9 @@ use onequote_evidence::{
 };
 
 use super::{
-    changes, images,
+    changes,
+    epoch::PastGap,
+    images,
     log::VerifiedLog,
     state::{ImageStatus, KnownSession, Place, Tree, VmExpectation},
 };
@@ -349,13 +351,33 @@ fn guest_event(session: &mut Session, recnum: u64, body: &EventBody) {
 }
 
 fn gap_finding(recnum: u64, gap: &LogGap, policy: &Policy, notes: &mut Vec<String>) -> Option<Finding> {
-    let item = format!("{} (record {recnum})", gap.reason);
-    if policy.host.accept_gaps.contains(&gap.reason) {
-        notes.push(format!("accepted gap: {item}: {}", gap.detail));
+    judge_gap(gap.reason, format!("{} (record {recnum})", gap.reason), &gap.detail, policy, notes)
+}
+
+/// The same for a gap of this boot that this log does not tell.
+pub fn past_gap_finding(gap: &PastGap, policy: &Policy, notes: &mut Vec<String>) -> Option<Finding> {
+    let item = format!("{} (epoch {}, record {})", gap.reason, gap.epoch, gap.record);
+    judge_gap(gap.reason, item, &gap.detail, policy, notes)
+}
+
+fn judge_gap(
+    reason: GapReason,
+    item: String,
+    detail: &str,
+    policy: &Policy,
+    notes: &mut Vec<String>,
+) -> Option<Finding> {
+    if policy.host.accept_gaps.contains(&reason) {
+        notes.push(format!("accepted gap: {item}: {detail}"));
         return None;
     }
-    let code = if gap.reason == GapReason::ForeignExtend { Code::ForeignExtend } else { Code::LogGap };
-    Some(Finding::new(code, item).actual(&gap.detail))
+    let code = match reason {
+        GapReason::ForeignExtend => Code::ForeignExtend,
+        GapReason::TpmReset => Code::TpmReset,
+        GapReason::Kexec => Code::HostKexec,
+        _ => Code::LogGap,
+    };
+    Some(Finding::new(code, item).actual(detail))
 }
 
 fn unknown(recnum: u64, kind: &str) -> Finding {

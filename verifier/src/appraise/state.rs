@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
     digest::FileDigest,
-    id::{Blob, Epoch, SessionId, Sha256, TimeMs, VmId},
+    id::{Blob, BootId, Epoch, SessionId, Sha256, TimeMs, VmId},
     pcr::RegisterValue,
     tpm::ClockInfo,
 };
 
+use super::epoch::PastGap;
 use crate::finding::Finding;
 
 /// Past digests that are kept of an image.
@@ -47,6 +48,15 @@ pub struct Accepted {
     pub history_accepted: bool,
     /// The TPM's clock and counters.
     pub clock: ClockInfo,
+    /// The host's kernel, by its boot id.
+    #[serde(default)]
+    pub boot_id: Option<BootId>,
+    /// Gaps that this log tells of its host.
+    #[serde(default)]
+    pub gaps: Vec<PastGap>,
+    /// Gaps of the same boot that it does not tell.
+    #[serde(default)]
+    pub past_gaps: Vec<PastGap>,
 }
 
 /// A guest's list as accepted.

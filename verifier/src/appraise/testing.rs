@@ -125,6 +125,8 @@ pub(crate) struct World {
     pub(crate) records: Vec<Record>,
     pub(crate) statement: Statement,
     pub(crate) clock: ClockInfo,
+    /// What its kernel's boot id is made of.
+    pub(crate) boot: u8,
     /// SHA-256 registers other than the log's; zeros unless set.
     pub(crate) pcrs: BTreeMap<u8, Sha256>,
     pub(crate) firmware: Vec<u8>,
@@ -186,9 +188,7 @@ pub(crate) fn image(slot: &str, n: u8, read_only: bool) -> Image {
 impl World {
     /// A host on which nothing has happened yet but the start of its proxy.
     pub(crate) fn new() -> Self {
-        let zero = |bank: HashAlg, pcr| RegisterValue { bank, pcr, value: Blob(vec![0; bank.size()]) };
-        let history = BANKS.into_iter().flat_map(|bank| [zero(bank, 12), zero(bank, 13)]).collect();
-        Self::with_history(history)
+        Self::with_history(Self::empty())
     }
 
     pub(crate) fn with_history(history: Vec<RegisterValue>) -> Self {
@@ -208,6 +208,7 @@ impl World {
             records: Vec::new(),
             statement,
             clock: ClockInfo { clock: 1000, reset_count: 5, restart_count: 1, safe: true },
+            boot: 3,
             pcrs: BTreeMap::new(),
             firmware: Vec::new(),
             host_ima: Vec::new(),
@@ -225,10 +226,15 @@ impl World {
     /// Begins the log of the statement's epoch.
     pub(crate) fn begin(&mut self, history: Vec<RegisterValue>) {
         self.records.clear();
+        self.proxy_start(history);
+    }
+
+    /// A proxy starts.
+    pub(crate) fn proxy_start(&mut self, history: Vec<RegisterValue>) {
         let start = ProxyStart {
             host: self.statement.host.clone(),
             epoch: self.statement.epoch,
-            boot_id: BootId([3; 16]),
+            boot_id: BootId([self.boot; 16]),
             version: "0.1.0".into(),
             binary: None,
             history,
@@ -242,13 +248,29 @@ impl World {
 
     /// The host is rebooted: everything ends, the TPM is reset, a new epoch begins.
     pub(crate) fn reboot(&mut self) {
-        self.clock = ClockInfo { clock: self.clock.clock + 1, reset_count: self.clock.reset_count + 1, ..self.clock };
-        let number = self.statement.epoch.number + 1;
-        self.statement.epoch = Epoch { number, id: EpochId([number as u8; 16]) };
+        self.boot += 1;
+        self.reset_tpm();
         self.statement.vms.clear();
         self.guests.clear();
+    }
+
+    /// The TPM is reset, and a new epoch begins.
+    pub(crate) fn reset_tpm(&mut self) {
+        self.clock = ClockInfo { clock: self.clock.clock + 1, reset_count: self.clock.reset_count + 1, ..self.clock };
+        self.next_epoch(Self::empty());
+    }
+
+    /// A new epoch begins with these values.
+    pub(crate) fn next_epoch(&mut self, history: Vec<RegisterValue>) {
+        let number = self.statement.epoch.number + 1;
+        self.statement.epoch = Epoch { number, id: EpochId([number as u8; 16]) };
+        self.begin(history);
+    }
+
+    /// The log's registers after a TPM reset.
+    pub(crate) fn empty() -> Vec<RegisterValue> {
         let zero = |bank: HashAlg, pcr| RegisterValue { bank, pcr, value: Blob(vec![0; bank.size()]) };
-        self.begin(BANKS.into_iter().flat_map(|bank| [zero(bank, 12), zero(bank, 13)]).collect());
+        BANKS.into_iter().flat_map(|bank| [zero(bank, 12), zero(bank, 13)]).collect()
     }
 
     /// The usual host: `web` and `db` run, and their guests have sent two and three entries.

@@ -2,6 +2,7 @@
 
 mod authenticity;
 mod changes;
+mod epochs;
 mod firmware;
 mod history;
 mod ima;
