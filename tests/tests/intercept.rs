@@ -223,6 +223,55 @@ fn tools_find_their_socket_again_after_a_restart_of_the_proxy() {
         let mut tool = world.tool("bare")?;
         tool.execute("stop", &json!({}))?;
         ensure!(commands(world)?.len() == 1, "the command is logged");
+        // It was intercepted from its start on; what could have been missed is a gap, and measured again.
+        let (depth, gap) = depth_and_gap(world)?;
+        ensure!(depth == "intercept" && !gap.contains("not served"), "{depth}: {gap}");
+        // Whoever stops intercepting says so.
+        ensure!(world.proxy()?.terminate()?.success(), "the proxy does not end well");
+        world.settings().tables.clear();
+        world.start_proxy()?;
+        world.wait_until("the VM to be watched again", LIMIT, |world| {
+            Ok((world.vm_status("bare")?["stage"] == "watched").then_some(()))
+        })?;
+        let (depth, gap) = depth_and_gap(world)?;
+        ensure!(depth == "intercept" && gap.contains("not served to tools any more"), "{depth}: {gap}");
+        world.end_bound()
+    });
+}
+
+/// The depth that is shown for the VM, and the last gap that is logged of it.
+fn depth_and_gap(world: &World) -> Result<(String, String)> {
+    let depth = world.vm_status("bare")?["depth"].as_str().unwrap_or_default().to_owned();
+    let gap = |event: onequote_evidence::event::Event| match event.body {
+        EventBody::LogGap(gap) if event.vm.is_some() => Some(gap.detail),
+        _ => None,
+    };
+    Ok((depth, world.read_log()?.events()?.into_iter().filter_map(gap).next_back().context("no gap")?))
+}
+
+#[test]
+fn a_monitor_that_is_lost_is_found_again_and_served_again() {
+    World::test(|world| {
+        let bare = start(world, "")?;
+        let mut tool = world.tool("bare")?;
+        // QEMU closes the connection that the proxy holds, and listens on.
+        let mut other = bare.monitor()?;
+        let all = other.execute("query-chardev", &json!({}))?;
+        let held = |chardev: &&Value| chardev["filename"].as_str().is_some_and(|name| name.contains("bare.qmp"));
+        let label =
+            all.as_array().into_iter().flatten().find(held).context("no monitor of the proxy")?["label"].clone();
+        other.execute("yank", &json!({"instances": [{"type": "chardev", "id": label}]}))?;
+        world.wait_until("the gap and what was measured again", LIMIT, |world| {
+            let kinds: Vec<_> = world.read_log()?.events()?.iter().map(|e| e.body.kind().to_owned()).collect();
+            let gap = kinds.iter().position(|kind| kind == "log-gap");
+            Ok(gap.filter(|&at| kinds[at..].iter().any(|kind| kind == "vm-attach")))
+        })?;
+        ensure!(tool.execute("query-status", &json!({})).is_err(), "a tool does not notice");
+        let (depth, gap) = depth_and_gap(world)?;
+        ensure!(depth == "intercept" && gap.contains("measured again when its monitor is back"), "{depth}: {gap}");
+        let mut tool = world.tool("bare")?;
+        tool.execute("stop", &json!({}))?;
+        ensure!(commands(world)?.len() == 1, "the command is logged");
         world.end_bound()
     });
 }

@@ -265,6 +265,31 @@ fn chains_that_change_under_a_running_vm() {
     });
 }
 
+#[test]
+fn a_chain_that_is_streamed_into_one_image() {
+    World::test(|world| {
+        begin(world)?;
+        let vm = world.start_bare("vm", &[])?;
+        let mut monitor = vm.monitor()?;
+        expect(world, "vm", &BEGIN)?;
+        let file = |name: &str| vm.folder().join(name);
+        let snapshot = json!({"device": "disk", "snapshot-file": file("one.qcow2"), "format": "qcow2"});
+        give(&mut monitor, &[("blockdev-snapshot-sync", snapshot)])?;
+        wait_chain(world, "one.qcow2 (qcow2, writable)")?;
+        give(&mut monitor, &[("block-stream", json!({"device": "disk", "job-id": "stream"}))])?;
+        let gone = wait_change(world, "vm", "image", "disk/1: ", "")?;
+        check_image(&gone.images[0], "disk/1", &file("disk.img"))?;
+        give(&mut monitor, &[("quit", json!({}))])?;
+        let stop = wait_event(world, "vm", "its end", |body| match body {
+            EventBody::VmStop(stop) => Some(stop.clone()),
+            _ => None,
+        })?;
+        ensure!(stop.images.len() == 1, "{stop:?}");
+        check_image(&stop.images[0], "disk", &file("one.qcow2"))?;
+        world.end_bound()
+    });
+}
+
 /// Ends a block job as soon as it is ready.
 fn complete(monitor: &mut Qmp) -> Result<()> {
     wait::until("the job to be ready", LIMIT, || {

@@ -1,4 +1,5 @@
-//! Which commands change nothing, which let a VM run, and which arguments are secrets. Reviewed for QEMU 7.2 to 10.
+//! Which commands change nothing, which let a VM run, and which arguments are secrets. Reviewed with the schemas of QEMU 7.2
+//! and 10.0.
 
 use serde_json::{Map, Value};
 

@@ -109,6 +109,7 @@ impl Session {
         self.kept.extend(kept);
         self.kept.sort_by(|a, b| a.image.slot.cmp(&b.image.slot));
         (self.facts, self.leaves) = (facts, leaves);
+        self.note_resting();
         Ok(changes)
     }
 

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use onequote_evidence::event::{CrashCause, GapReason, LogGap, StopCause, VmCrash, VmPause, VmReset, VmResume};
@@ -18,7 +18,7 @@ use super::{
     registry::NoticeKind,
     session::{MAX_PENDING, Session},
 };
-use crate::{qmp, rate::Bucket};
+use crate::{measure::Stamp, qmp, rate::Bucket};
 
 /// Events that say nothing about configuration, some of them as often as a guest likes.
 const CHATTER: [&str; 5] =
@@ -35,6 +35,9 @@ const REFILL: Duration = Duration::from_secs(5);
 
 /// QEMU's run state while the last of a VM's state goes elsewhere.
 const FINISHING: &str = "finish-migrate";
+
+/// How long ago a file was last written for the next write to show; far longer than a tick of any clock.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// Jobs of one QEMU that are told apart.
 const MAX_JOBS: usize = 64;
@@ -62,6 +65,8 @@ pub(super) struct Life {
     pub(super) saved: bool,
     /// The VM may have been put back to a snapshot, and that is not logged yet.
     pub(super) loaded: bool,
+    /// How the images that hold a VM's state were at the last look, if they had not just been written.
+    resting: Option<Vec<Stamp>>,
 }
 
 /// A VM's state that is waited for.
@@ -105,6 +110,7 @@ impl Life {
             out: Out::No,
             saved: false,
             loaded: false,
+            resting: None,
         }
     }
 
@@ -242,8 +248,11 @@ impl Session {
     }
 
     /// The run state of a pause that was over before QEMU could be asked. Whatever QEMU told until it ran again has come
-    /// before its answer. A VM that can be put back to a snapshot may have been: the human monitor's `loadvm` looks
-    /// like any other short pause.
+    /// before its answer. A VM that can be put back to a snapshot may have been: the human monitor's `loadvm` raises the
+    /// events of any other short pause. That it was not is certain if the images that hold the snapshots were not
+    /// written, since going back writes them (QEMU `block/qcow2-snapshot.c`, `qcow2_snapshot_goto`). Otherwise the log has
+    /// a `snapshot-load` behind a pause that does not say so: a rollback that is not told would be worse than one that was
+    /// none.
     fn past_state(&mut self) -> String {
         let resumes = |event: &qmp::Event| matches!(event, qmp::Event::Known(e) if matches!(**e, Known::RESUME { .. }));
         let saves =
@@ -255,12 +264,43 @@ impl Session {
         }
         let state = if self.life.ahead.iter().take_while(|e| !resumes(e)).any(saves) {
             "save-vm"
-        } else if !self.facts.states_saved().is_empty() {
+        } else if self.life.loading() {
             "restore-vm"
         } else {
+            self.life.loaded |= !self.facts.states_saved().is_empty() && !self.rests_since_look();
             "paused"
         };
         state.to_owned()
+    }
+
+    /// Whether every image that holds a VM's state is a file that nobody has written since the last look, and since well
+    /// before that: a second change within one tick of the clock leaves no trace.
+    fn rests_since_look(&self) -> bool {
+        self.life.resting.as_ref().is_some_and(|before| self.holders_of_states().as_ref() == Some(before))
+    }
+
+    /// Takes down how the images that hold a VM's state are. None if one of them is no file that tells when it was written,
+    /// or was written just now.
+    pub(super) fn note_resting(&mut self) {
+        self.life.resting = self.holders_of_states().filter(|stamps| {
+            let settled = |stamp: &Stamp| {
+                let changed = u64::try_from(stamp.ctime.0.max(stamp.mtime.0)).unwrap_or(u64::MAX);
+                let changed = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(changed));
+                let age = changed.and_then(|changed| SystemTime::now().duration_since(changed).ok());
+                age.is_some_and(|age| age > SETTLED)
+            };
+            stamps.iter().all(settled)
+        });
+    }
+
+    fn holders_of_states(&self) -> Option<Vec<Stamp>> {
+        let contents = self.facts.contents.iter();
+        let slots = contents.filter(|(_, content)| content.snapshots.iter().any(|s| s.vm_state > 0));
+        let stamp = |slot: &str| {
+            let metadata = self.kept.iter().find(|kept| kept.image.slot == slot)?.file.metadata().ok()?;
+            metadata.is_file().then(|| Stamp::from(&metadata))
+        };
+        slots.map(|(slot, _)| stamp(slot)).collect()
     }
 
     /// Drops what QEMU told of migrations so far.

@@ -1,6 +1,6 @@
 //! Sessions that the log leaves open when the proxy starts.
 
-use onequote_evidence::event::{Image, VmRef};
+use onequote_evidence::event::{Depth, Image, VmRef};
 
 use crate::inventory::Inventory;
 
@@ -13,6 +13,8 @@ pub struct OpenSession {
     pub name: String,
     /// QEMU's process id.
     pub pid: u32,
+    /// How it was watched when it was logged first.
+    pub depth: Depth,
     /// QEMU's run state as last logged.
     pub run_state: String,
     /// Its images as last logged, in ascending order of slots.
@@ -26,6 +28,7 @@ pub fn open_sessions(inventory: &Inventory) -> Vec<OpenSession> {
         vm: *vm,
         name: logged.name.clone(),
         pid: logged.pid,
+        depth: logged.depth,
         run_state: logged.run_state.clone(),
         images: logged.images.clone(),
     };

@@ -59,7 +59,10 @@ pub(super) struct Session {
     pub(super) graph: Option<BlockGraph>,
     /// The digest of its program, until it was measured.
     pub(super) program: Option<Program>,
+    /// How far it is in the proxy's hand now: whether it is let run by it.
     pub(super) depth: Depth,
+    /// How it was watched when the log first had it, which stays true: what was missed later is a gap in the log.
+    pub(super) logged_depth: Option<Depth>,
     /// Other ways to command it, as they were when it was met.
     pub(super) monitors: Vec<String>,
     /// Whether the current block graph and outline are in the log.
@@ -131,6 +134,7 @@ impl Session {
             graph: Some(graph),
             program: Some(program),
             depth: Depth::Observe,
+            logged_depth: None,
             monitors: Vec::new(),
             measured: false,
             created: false,
@@ -163,6 +167,7 @@ impl Session {
         self.created = known.is_some();
         let occasion = if known.is_some() { Occasion::ProxyDown } else { Occasion::First };
         self.life.run_state = known.as_ref().map(|k| k.run_state.clone());
+        self.logged_depth = known.as_ref().map(|k| k.depth);
         self.expected = known.map(|k| k.images).unwrap_or_default();
         self.open_door();
         self.assess(occasion).await;
@@ -314,7 +319,7 @@ impl Session {
             name: self.name.clone(),
             pid: self.process.pid(),
             since: self.process.started().ok().map(time_ms),
-            depth: self.depth,
+            depth: self.logged_depth.unwrap_or(self.depth),
             stage,
             logged: false,
             run_state: self.facts.run_state.clone(),

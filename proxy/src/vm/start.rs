@@ -145,6 +145,13 @@ impl Session {
 
     /// What is logged before the outcome.
     pub(super) fn head(&mut self, occasion: Occasion) {
+        let depth = *self.logged_depth.get_or_insert(self.depth);
+        // Where tools could go round the proxy from now on, the log must not look as if they had not.
+        let open = if depth == Depth::Intercept && self.door.is_none() {
+            "; its monitor is not served to tools any more, and what they command is not in the log"
+        } else {
+            ""
+        };
         match occasion {
             Occasion::First => self.log(VmCreate {
                 name: self.name.clone(),
@@ -162,7 +169,7 @@ impl Session {
             }),
             Occasion::ProxyDown => self.log(LogGap {
                 reason: GapReason::ProxyDown,
-                detail: format!("{} was there while the proxy was not; it is measured again", self.name),
+                detail: format!("{} was there while the proxy was not; it is measured again{open}", self.name),
             }),
             Occasion::MonitorLost | Occasion::Retry => {}
         }

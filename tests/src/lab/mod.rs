@@ -7,6 +7,9 @@
 //! What guests are made of is built once from Debian's packages and kept in the user's cache folder
 //! ([`Assets`]); no step of that needs root.
 //!
+//! Another QEMU than the installed one is used when its folder stands first in `PATH`; it must be in place as its package
+//! has it, since it looks for its firmware where it was built for.
+//!
 //! Nothing here sleeps to wait: [`wait::until`] polls a condition and names what never came.
 //!
 //! Errors are `anyhow`'s, although this is a library: nobody handles them, people read them.
