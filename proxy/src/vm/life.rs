@@ -324,7 +324,8 @@ impl Session {
             self.recheck = true;
         } else if now == "running" && logged != now {
             self.resumed();
-        } else if logged != now && now != FINISHING {
+        } else if logged != now && now != FINISHING && (now != "prelaunch" || logged == "running") {
+            // A reset puts a VM that stands still back into `prelaunch`; that it was reset is in the log.
             self.paused(now).await;
         }
     }
