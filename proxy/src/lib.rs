@@ -15,6 +15,7 @@ pub mod inventory;
 pub mod launch;
 pub mod log;
 pub mod measure;
+pub mod nbd;
 pub mod qmp;
 pub mod rate;
 pub mod serve;
