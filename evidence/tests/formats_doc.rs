@@ -16,8 +16,8 @@ use onequote_evidence::{
     cbor,
     digest::HashAlg,
     event::{
-        CommandOutcome, CrashCause, Depth, EventBody, GapReason, MAX_KIND, MemoryCheck, MigrationStatus, RefuseCause,
-        Role, StopCause,
+        CommandOutcome, CrashCause, Depth, EventBody, GapReason, HowRead, MAX_KIND, MemoryCheck, MigrationStatus,
+        RefuseCause, Role, StopCause,
     },
     firmware::{self, FirmwareLog, Guid, Separator},
     guest_frame, id, ima, nonce_tree, pcr, record, statement, stream,
@@ -152,6 +152,7 @@ fn every_word_has_its_row() {
     rows("Depth", Depth::word);
     rows("Role", Role::word);
     rows("Stop cause", StopCause::word);
+    rows("How read", HowRead::word);
     rows("Gap reason", GapReason::word);
     rows("Memory check", MemoryCheck::word);
     rows("Refuse cause", RefuseCause::word);

@@ -141,6 +141,10 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     watched.looks_per_second = config.vms.looks_per_second;
     watched.extra = config.monitors.iter().map(|m| (m.name.clone(), m.socket.clone())).collect();
     watched.digester = digester.clone();
+    watched.trees = config.trees_dir();
+    if let Some(dir) = &watched.trees {
+        folder::private(dir).map_err(io_error(dir.display().to_string()))?;
+    }
     watched.intercept = config.intercept();
     let manager = Manager::start(
         watched,

@@ -136,6 +136,8 @@ pub struct Enforce {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Measure {
+    /// Whether at the end of a run every image is read whole, also where QEMU can tell what the run changed.
+    pub read_whole: bool,
     /// Files that are read at a time, for all VMs together; as many as there are cores, and at least 4, when absent.
     pub parallel: Option<NonZeroUsize>,
     /// Whether reads wait for everybody else's, where the disk's scheduler knows of priorities.
@@ -382,6 +384,12 @@ impl Config {
     #[must_use]
     pub fn firmware_log(&self) -> Option<PathBuf> {
         self.host.firmware_log.clone().or_else(|| kernel_firmware_log(&self.tpm.tcti).filter(|path| path.exists()))
+    }
+
+    /// The folder where trees of images are kept while VMs run; none if they are read whole at the end.
+    #[must_use]
+    pub fn trees_dir(&self) -> Option<PathBuf> {
+        (!self.measure.read_whole).then(|| self.state_dir.join("trees"))
     }
 
     /// How long a quote waits for guests.

@@ -154,6 +154,14 @@ words! {
         Unwatched = 3 "unwatched",
     }
 
+    /// How much of an image was read for its digest.
+    pub enum HowRead {
+        /// All of it.
+        Full = 0 "full",
+        /// What QEMU said had changed since the digest before, on top of that digest's tree.
+        Changed = 1 "changed",
+    }
+
     /// Why the log does not cover everything.
     pub enum GapReason {
         /// The registers hold what no part of the log explains: somebody else extended them.
@@ -315,6 +323,21 @@ bodies! {
         #[n(1)] pub images: Vec<Image>,
         /// Writable images that could not be measured: slot and error.
         #[n(2)] pub unmeasured: Vec<String>,
+        /// How the digests were made, of images of which QEMU was to say what the run changed. All others were read
+        /// whole.
+        #[n(3)] pub read: Vec<ImageRead>,
+    }
+
+    /// How the digest of one image was made at the end of a run.
+    pub struct ImageRead {
+        /// The image's slot.
+        #[n(0)] pub slot: String,
+        /// How much was read.
+        #[n(1)] pub how: HowRead,
+        /// Bytes that were read; with `full` the image's size.
+        #[n(2)] pub bytes: u64,
+        /// Why all of it was read; empty with `changed`.
+        #[n(3)] pub why: String,
     }
 
     /// The guest did not end by itself. QEMU may live on; its end is a `vm-stop`.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use onequote_evidence::{
     cbor,
     digest::{FileDigest, HashAlg, sha256},
-    event::{Component, Depth, Event, Image, MemoryCheck, Role, VmPause, VmRef},
+    event::{Component, Depth, Event, HowRead, Image, ImageRead, MemoryCheck, Role, VmPause, VmRef},
     guest_frame::{self, GuestFrame, HostFrame, to_wire},
     id::{BootId, Epoch, EpochId, Nonce, SessionId, Sha256, TimeMs, VmId},
     ima::{Aggregate, FileSignature, ListReader, SignatureKind},
@@ -180,10 +180,12 @@ pub(crate) fn maps() -> Vec<(&'static str, Vec<u8>)> {
     };
     let image =
         Image { slot: "disk0".into(), path: "/disk".into(), format: "raw".into(), read_only: true, size: 9, digest };
+    let image_read = ImageRead { slot: "disk0".into(), how: HowRead::Full, bytes: 1, why: "x".into() };
     let statement = statement();
     vec![
         ("component", cbor::encode(&component)),
         ("image", cbor::encode(&image)),
+        ("image-read", cbor::encode(&image_read)),
         ("epoch", cbor::encode(&statement.epoch)),
         ("statement", statement.to_bytes()),
         ("vm", cbor::encode(&statement.vms[0])),

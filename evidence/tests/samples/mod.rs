@@ -108,7 +108,13 @@ pub(crate) fn bodies(g: &mut Gen) -> Vec<EventBody> {
         VmPause { run_state: g.text() }.into(),
         VmResume { run_state: g.text() }.into(),
         VmReset { by_guest: g.bool(), reason: g.text() }.into(),
-        VmStop { cause: StopCause::Lost, images: vec![g.image()], unmeasured: vec![g.text()] }.into(),
+        VmStop {
+            cause: StopCause::Lost,
+            images: vec![g.image()],
+            unmeasured: vec![g.text()],
+            read: vec![ImageRead { slot: g.text(), how: HowRead::Changed, bytes: g.u64(), why: g.text() }],
+        }
+        .into(),
         VmCrash { cause: CrashCause::Watchdog, detail: g.text() }.into(),
         VmDelete { name: g.text(), images: vec![g.image()], unmeasured: vec![g.text()] }.into(),
         MediumChange { slot: g.text(), before: g.text(), after: g.text(), images: vec![g.image()] }.into(),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use onequote_evidence::{
-    event::{Component, Event, EventBody, Image, SnapshotLoad, SnapshotSave},
+    event::{Component, Event, EventBody, HowRead, Image, SnapshotLoad, SnapshotSave},
     record::Record,
 };
 
@@ -86,6 +86,10 @@ fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
         EventBody::VmStop(b) => {
             line(b.cause.to_string())?;
             parts(&[], &b.images, &mut line)?;
+            b.read.iter().try_for_each(|r| match r.how {
+                HowRead::Changed => line(format!("{}: {} bytes read, which QEMU said had changed", r.slot, r.bytes)),
+                HowRead::Full => line(format!("{}: read whole: {}", r.slot, r.why)),
+            })?;
             b.unmeasured.iter().try_for_each(|u| line(format!("not measured: {u}")))
         }
         EventBody::VmCrash(b) => line(format!("{}: {}", b.cause, b.detail)),

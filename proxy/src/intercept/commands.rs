@@ -3,6 +3,8 @@
 
 use serde_json::{Map, Value};
 
+use super::door::Hands;
+
 /// Commands that change nothing and whose names do not begin with `query-` or `x-query-`.
 const READ_ONLY: [&str; 9] = [
     "device-list-properties",
@@ -22,6 +24,39 @@ const NOT_READ_ONLY: [&str; 0] = [];
 
 /// Commands that can let a VM run that waits under `-S`, the human monitor among them: it has them all.
 const LETS_RUN: [&str; 4] = ["cont", "human-monitor-command", "replay-break", "replay-seek"];
+
+/// Commands that may change something and leave alone what a dirty bitmap tells of images: the files' lengths, the nodes, the
+/// bitmaps; nor do they have QEMU write files past its block layer, as `pmemsave` and some objects do. What a device or a
+/// guest then writes is told. Any other command may do what is not.
+const LEAVE_IMAGES: [&str; 27] = [
+    "add-fd",
+    "balloon",
+    "block_set_io_throttle",
+    "change-vnc-password",
+    "client_migrate_info",
+    "closefd",
+    "cont",
+    "device_add",
+    "device_del",
+    "expire_password",
+    "getfd",
+    "inject-nmi",
+    "input-send-event",
+    "netdev_del",
+    "object-del",
+    "quit",
+    "remove-fd",
+    "rtc-reset-reinjection",
+    "send-key",
+    "set-action",
+    "set_link",
+    "set_password",
+    "stop",
+    "system_powerdown",
+    "system_reset",
+    "system_wakeup",
+    "watchdog-set-action",
+];
 
 /// Commands and the members of their arguments that are secrets, and stand in the log as [`SECRET`].
 const SECRETS: [(&str, &str); 5] = [
@@ -45,6 +80,19 @@ pub(super) fn is_read_only(command: &str) -> bool {
 /// Whether the command can let a VM run.
 pub(super) fn lets_run(command: &str) -> bool {
     LETS_RUN.contains(&command)
+}
+
+/// What a command that may change something takes into its client's own hands.
+pub(super) fn hands(command: &str, arguments: &Map<String, Value>) -> Vec<Hands> {
+    if command == "set-action" {
+        let taken = [("shutdown", Hands::Shutdown), ("panic", Hands::Panic)];
+        return taken
+            .into_iter()
+            .filter(|(member, _)| arguments.contains_key(*member))
+            .map(|(_, hands)| hands)
+            .collect();
+    }
+    if LEAVE_IMAGES.contains(&command) { Vec::new() } else { vec![Hands::Images(command.to_owned())] }
 }
 
 /// The command and, if it is a transaction, the commands that it is made of.
@@ -101,6 +149,28 @@ mod tests {
         let shown = Value::Object(without_secrets("object-add", &given)).to_string();
         assert!(!shown.contains("hunter2") && shown.contains(SECRET), "{shown}");
         assert_eq!(without_secrets("object-del", &given), given);
+    }
+
+    #[test]
+    fn what_a_bitmap_may_not_tell_is_in_the_clients_hands() {
+        let nothing = Map::new();
+        for command in ["cont", "stop", "device_add", "quit"] {
+            assert_eq!(hands(command, &nothing), [], "{command}");
+        }
+        for command in [
+            "block_resize",
+            "block-dirty-bitmap-remove",
+            "pmemsave",
+            "object-add",
+            "transaction",
+            "human-monitor-command",
+            "future",
+        ] {
+            assert_eq!(hands(command, &nothing), [Hands::Images(command.to_owned())]);
+        }
+        let actions = json!({"shutdown": "pause", "panic": "none", "reboot": "reset"}).as_object().unwrap().clone();
+        assert_eq!(hands("set-action", &actions), [Hands::Shutdown, Hands::Panic]);
+        assert_eq!(hands("set-action", &nothing), []);
     }
 
     #[test]

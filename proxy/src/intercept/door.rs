@@ -12,7 +12,7 @@ use onequote_evidence::event::VmRef;
 use serde::Serialize;
 use tokio::{
     net::UnixListener,
-    sync::{Notify, OnceCell, Semaphore, watch},
+    sync::{Notify, OnceCell, Semaphore, mpsc, oneshot, watch},
     task::JoinSet,
 };
 
@@ -62,6 +62,19 @@ pub(crate) struct Vm {
     pub(crate) clock: Clock,
     pub(crate) digester: Digester,
     pub(crate) registry: Registry,
+    /// Who is to do something before QEMU ends, and says when it is done.
+    pub(crate) before_quit: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+/// What clients have taken into their own hands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Hands {
+    /// What QEMU does at power-off.
+    Shutdown,
+    /// What QEMU does when its guest panics.
+    Panic,
+    /// The images' nodes or files, by this command, which may do what a dirty bitmap does not show.
+    Images(String),
 }
 
 /// What is known of a door.
@@ -95,6 +108,8 @@ pub(super) struct Hub {
     /// Held by the one command that hands a descriptor over.
     pub(super) handing_over: tokio::sync::Mutex<()>,
     pub(super) flood: Mutex<Flood>,
+    /// At most one of each kind.
+    hands: Mutex<Vec<Hands>>,
     schema: OnceCell<Schema>,
     status: Mutex<DoorStatus>,
 }
@@ -135,6 +150,7 @@ impl Door {
             in_flight: Semaphore::new(IN_FLIGHT),
             handing_over: tokio::sync::Mutex::new(()),
             flood: Mutex::new(flood),
+            hands: Mutex::default(),
             schema: OnceCell::new(),
             status: Mutex::new(DoorStatus { socket: path.clone(), ..DoorStatus::default() }),
         });
@@ -150,6 +166,21 @@ impl Door {
     /// Waits for the end of a command that may have changed something. Safe to cancel.
     pub(crate) async fn ran(&self) {
         self.hub.ran.notified().await;
+    }
+
+    /// What clients have taken into their own hands.
+    pub(crate) fn hands(&self) -> Vec<Hands> {
+        self.hub.hands().clone()
+    }
+
+    /// Says whether QEMU stands still at power-off only because it is asked something then: clients do not see that.
+    pub(crate) fn hold_end(&self, holds: bool) {
+        self.hub.fanout.hold_end(holds);
+    }
+
+    /// Says that the VM is stopped because QEMU is about to end.
+    pub(crate) fn end_begins(&self) {
+        self.hub.fanout.end_begins();
     }
 
     /// What is known of it.
@@ -234,6 +265,24 @@ impl Hub {
             status.clone()
         };
         self.vm.registry.update(self.vm.vm, |vm| vm.monitor = Some(status));
+    }
+
+    /// Notes what a command takes into the client's hands.
+    pub(super) fn note(&self, taken: Vec<Hands>) {
+        let mut hands = self.hands();
+        for new in taken {
+            if new == Hands::Shutdown {
+                self.fanout.hold_end(false);
+            }
+            if hands.iter().all(|known| std::mem::discriminant(known) != std::mem::discriminant(&new)) {
+                hands.push(new);
+            }
+        }
+    }
+
+    fn hands(&self) -> MutexGuard<'_, Vec<Hands>> {
+        // As below.
+        self.hands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn flood(&self) -> MutexGuard<'_, Flood> {

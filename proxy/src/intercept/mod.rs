@@ -44,7 +44,7 @@ mod tests;
 use std::{path::PathBuf, time::Duration};
 
 pub use door::{Door, DoorStatus};
-pub(crate) use door::{Gate, Vm};
+pub(crate) use door::{Gate, Hands, Vm};
 
 /// How monitors are served.
 #[derive(Debug, Clone)]

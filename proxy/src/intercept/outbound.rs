@@ -214,11 +214,51 @@ impl AsRef<[u8]> for Line {
 pub(super) struct Fanout {
     clients: Mutex<BTreeMap<u64, Arc<Outbound>>>,
     ended: watch::Sender<bool>,
+    /// What clients see of QEMU's end.
+    ending: Mutex<Ending>,
+}
+
+/// What clients see of QEMU's end. Where it stands still at power-off only to be asked what changed, they see what they would
+/// see of any QEMU: one SHUTDOWN, and the connection's end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Ending {
+    /// All that QEMU says.
+    #[default]
+    Open,
+    /// The same, until QEMU tells of a shutdown.
+    Held,
+    /// It is stopped for its end, of which QEMU has not told.
+    Begun,
+    /// QEMU has told of it.
+    Told,
+}
+
+impl Ending {
+    /// Whether clients see an event. Changes as it is seen.
+    fn shows(&mut self, line: &[u8]) -> bool {
+        #[derive(serde::Deserialize)]
+        struct Name {
+            event: String,
+        }
+        if *self == Self::Open {
+            return true;
+        }
+        let name = serde_json::from_slice::<Name>(line).map(|name| name.event).unwrap_or_default();
+        match (name.as_str(), *self) {
+            ("SHUTDOWN", Self::Told) => false,
+            ("SHUTDOWN", _) => {
+                *self = Self::Told;
+                true
+            }
+            ("STOP" | "BLOCK_EXPORT_DELETED", Self::Begun | Self::Told) => false,
+            _ => true,
+        }
+    }
 }
 
 impl Default for Fanout {
     fn default() -> Self {
-        Self { clients: Mutex::default(), ended: watch::Sender::new(false) }
+        Self { clients: Mutex::default(), ended: watch::Sender::new(false), ending: Mutex::default() }
     }
 }
 
@@ -253,6 +293,26 @@ impl Fanout {
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
+    /// Says whether QEMU stands still at power-off only to be asked something.
+    pub(super) fn hold_end(&self, holds: bool) {
+        let mut ending = self.ending();
+        if matches!(*ending, Ending::Open | Ending::Held) {
+            *ending = if holds { Ending::Held } else { Ending::Open };
+        }
+    }
+
+    /// Says that the VM is stopped because QEMU is about to end.
+    pub(super) fn end_begins(&self) {
+        let mut ending = self.ending();
+        if *ending != Ending::Told {
+            *ending = Ending::Begun;
+        }
+    }
+
+    fn ending(&self) -> MutexGuard<'_, Ending> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Outbound>>> {
         // As above.
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
@@ -261,6 +321,9 @@ impl Fanout {
 
 impl Tap for Fanout {
     fn event(&self, line: &[u8]) {
+        if !self.ending().shows(line) {
+            return;
+        }
         let clients = self.lock();
         if clients.is_empty() {
             return;
@@ -278,6 +341,19 @@ impl Tap for Fanout {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_looks_as_it_does_without_a_question() {
+        let seen = |ending: &mut Ending, names: &[&str]| {
+            let line = |name: &&str| format!("{{\"timestamp\": {{}}, \"event\": \"{name}\"}}");
+            names.iter().filter(|name| ending.shows(line(name).as_bytes())).map(|n| (*n).to_owned()).collect::<Vec<_>>()
+        };
+        let all = ["STOP", "RESUME", "SHUTDOWN", "STOP", "BLOCK_EXPORT_DELETED", "SHUTDOWN", "RESET"];
+        assert_eq!(seen(&mut Ending::Open, &all), all);
+        assert_eq!(seen(&mut Ending::Held, &all), ["STOP", "RESUME", "SHUTDOWN", "RESET"]);
+        assert_eq!(seen(&mut Ending::Begun, &all), ["RESUME", "SHUTDOWN", "RESET"]);
+        assert!(Ending::Held.shows(b"no event at all"));
+    }
 
     #[tokio::test]
     async fn who_does_not_read_is_ended_and_nobody_else() {

@@ -10,6 +10,7 @@ use onequote_evidence::{
     event::{CommandOutcome, Component, Event, MonitorCommand},
 };
 use serde_json::{Map, Value};
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{
     client::{Client, Job},
@@ -32,6 +33,9 @@ const MAX_DETAIL: usize = 1024;
 /// Why nothing is passed any more.
 const GONE: &str = "the VM has ended, or its monitor is lost";
 
+/// How long `quit` waits for what is to be done before it. The session may be measuring a disk for longer.
+const BEFORE_QUIT: Duration = Duration::from_secs(12);
+
 /// How long to wait for a turn when a client floods.
 const TURN: Duration = Duration::from_millis(20);
 
@@ -40,6 +44,9 @@ pub(super) async fn run(hub: &Hub, client: &Client, job: Job) -> Option<Vec<u8>>
     let id = job.request.id.clone();
     match allowed(hub, client, &job.request).await {
         Ok(changes) => {
+            if changes {
+                prepare(hub, &job.request).await;
+            }
             let answer = forward(hub, job).await;
             if changes {
                 hub.ran.notify_one();
@@ -50,6 +57,24 @@ pub(super) async fn run(hub: &Hub, client: &Client, job: Job) -> Option<Vec<u8>>
             }
         }
         Err(No { class, desc }) => Some(Refusal::new(id, class, desc).line()),
+    }
+}
+
+/// What comes between the log and QEMU.
+async fn prepare(hub: &Hub, request: &Request) {
+    let nothing = Map::new();
+    hub.note(commands::hands(&request.command, request.arguments.as_ref().unwrap_or(&nothing)));
+    if request.command == "quit" {
+        let (done, is_done) = oneshot::channel();
+        let asked = async {
+            // A session that is not there has nothing to do.
+            if hub.vm.before_quit.send(done).await.is_ok() {
+                let _ = is_done.await;
+            }
+        };
+        if timeout(BEFORE_QUIT, asked).await.is_err() {
+            tracing::info!(vm = %hub.vm.name, "it ends before QEMU was asked what changed");
+        }
     }
 }
 

@@ -183,6 +183,8 @@ impl World {
             clock: || TimeMs(1),
             digester: crate::measure::Digester::default(),
             registry: registry.clone(),
+            // No session is there to be asked.
+            before_quit: tokio::sync::mpsc::channel(1).0,
         };
         Self { qemu, door: Door::open(&settings, vm, gate).unwrap(), log, registry, dir }
     }

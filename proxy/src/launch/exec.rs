@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{LaunchError, Planned};
+use crate::measure::process::LAUNCHED;
 
 /// The kernel's vhost device for vsock.
 pub(super) const VHOST_VSOCK: &str = "/dev/vhost-vsock";
@@ -32,7 +33,7 @@ impl Planned {
         }
         let Some((program, args)) = self.command.split_first() else { return LaunchError::Empty };
         let mut command = Command::new(program);
-        command.args(args);
+        command.args(args).env(LAUNCHED, "1");
         if let Some(folder) = &self.folder {
             command.current_dir(folder);
         }

@@ -70,6 +70,21 @@ impl BlockGraph {
         Ok(self.walk()?.leaves.into_values().collect())
     }
 
+    /// The names of the leaves' nodes, by slot.
+    ///
+    /// # Errors
+    /// As [`Self::leaves`].
+    pub fn leaf_nodes(&self) -> Result<BTreeMap<String, String>, MeasureError> {
+        Ok(self.walk()?.nodes)
+    }
+
+    /// Nodes that have a dirty bitmap of this name.
+    #[must_use]
+    pub fn with_bitmap(&self, name: &str) -> Vec<String> {
+        let has = |node: &&Node| node.dirty_bitmaps.iter().any(|bitmap| bitmap.name.as_deref() == Some(name));
+        self.named.values().filter(has).map(|node| node.name.clone()).collect()
+    }
+
     /// What the topmost node in each slot says of its content.
     ///
     /// # Errors
@@ -79,8 +94,13 @@ impl BlockGraph {
     }
 
     fn walk(&self) -> Result<Walk<'_>, MeasureError> {
-        let mut walk =
-            Walk { graph: self, children: BTreeMap::new(), leaves: BTreeMap::new(), contents: BTreeMap::new() };
+        let mut walk = Walk {
+            graph: self,
+            children: BTreeMap::new(),
+            leaves: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            contents: BTreeMap::new(),
+        };
         let mut owned = BTreeSet::new();
         let drivers: BTreeMap<u64, &str> =
             self.graph.nodes.iter().filter(|n| n.kind == "block-driver").map(|n| (n.id, n.name.as_str())).collect();
@@ -112,6 +132,7 @@ struct Walk<'a> {
     graph: &'a BlockGraph,
     children: BTreeMap<u64, Vec<(&'a str, u64)>>,
     leaves: BTreeMap<String, Leaf>,
+    nodes: BTreeMap<String, String>,
     contents: BTreeMap<String, Content>,
 }
 
@@ -152,7 +173,7 @@ impl Walk<'_> {
                 read_only,
                 file: None,
             };
-            return self.add(leaf);
+            return self.add(leaf, &node.name);
         };
         if node.driver == "vvfat" {
             return Err(strange("a folder shown as a disk (vvfat) is no file"));
@@ -183,7 +204,7 @@ impl Walk<'_> {
     }
 
     /// Adds a leaf; a second one in the same slot gets a number unless it is the same.
-    fn add(&mut self, mut leaf: Leaf) -> Result<(), MeasureError> {
+    fn add(&mut self, mut leaf: Leaf, node: &str) -> Result<(), MeasureError> {
         let slot = leaf.slot.clone();
         for n in 2.. {
             match self.leaves.get(&leaf.slot) {
@@ -192,6 +213,7 @@ impl Walk<'_> {
                 Some(_) => leaf.slot = format!("{slot}#{n}"),
             }
         }
+        self.nodes.insert(leaf.slot.clone(), node.to_owned());
         self.leaves.insert(leaf.slot.clone(), leaf);
         Ok(())
     }
@@ -251,6 +273,14 @@ struct Node {
     #[serde(rename = "ro")]
     read_only: bool,
     image: Option<Content>,
+    #[serde(rename = "dirty-bitmaps", default)]
+    dirty_bitmaps: Vec<DirtyBitmap>,
+}
+
+/// A dirty bitmap; some have no name.
+#[derive(Debug, Clone, Deserialize)]
+struct DirtyBitmap {
+    name: Option<String>,
 }
 
 /// What a format says of an image's content, as the guest sees it.
@@ -297,7 +327,14 @@ mod tests {
         let named = named.iter().map(|&(name, driver, file, read_only)| {
             (
                 name.to_owned(),
-                Node { name: name.into(), driver: driver.into(), file: file.into(), read_only, image: None },
+                Node {
+                    name: name.into(),
+                    driver: driver.into(),
+                    file: file.into(),
+                    read_only,
+                    image: None,
+                    dirty_bitmaps: Vec::new(),
+                },
             )
         });
         BlockGraph {

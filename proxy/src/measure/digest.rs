@@ -78,6 +78,15 @@ pub struct Wanted {
 /// Size in bytes and digest of what was read.
 pub type Digested = (u64, FileDigest);
 
+/// A digest that was to be made from what changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Updated {
+    /// Size and digest.
+    pub digested: Digested,
+    /// Bytes that were read of the file; or why all of it was.
+    pub read: Result<u64, String>,
+}
+
 /// A file that is being read, for people.
 #[derive(Debug, Clone, Serialize)]
 pub struct Reading {
@@ -229,8 +238,8 @@ impl Digester {
     }
 
     /// The fs-verity digest of an image of which only `changed` differs from when it was `known` and `tree` was saved: no
-    /// more is read than that, unless the tree does not give `known`, or anything else is not certain. Tells whether the
-    /// tree served; otherwise the whole image was read.
+    /// more is read than that, unless the tree does not give `known`, or anything else is not certain: then the whole
+    /// image is read.
     ///
     /// What is trusted is the caller's word about `known` and `changed`, and nothing about the tree.
     ///
@@ -242,16 +251,18 @@ impl Digester {
         tree: Arc<File>,
         known: FileDigest,
         changed: Changed,
-    ) -> Result<(Digested, bool), MeasureErrorKind> {
+    ) -> Result<Updated, MeasureErrorKind> {
         let work = move |file: &File, options: Options<'_>| {
             let update = || SavedTree::open(tree.try_clone()?)?.update(file, &changed, &known.value.0, options);
-            match update() {
-                Ok(measured) if known.alg == FileDigestAlg::FsVerity => return Ok((digested(&measured), true)),
-                Ok(_) => tracing::warn!("the digest before is no fs-verity digest: an image is read as a whole"),
+            let why = match update() {
+                Ok(measured) if known.alg == FileDigestAlg::FsVerity => {
+                    return Ok(Updated { digested: digested(&measured), read: Ok(measured.read) });
+                }
+                Ok(_) => "the digest before is no fs-verity digest".to_owned(),
                 Err(TreeError::Verity(e @ VerityError::Stopped)) => return Err(e.into()),
-                Err(e) => tracing::warn!("a saved tree {e}: its image is read as a whole"),
-            }
-            Ok((digested(&onequote_verity::measure(file, options)?), false))
+                Err(e) => format!("the saved tree {e}"),
+            };
+            Ok(Updated { digested: digested(&onequote_verity::measure(file, options)?), read: Err(why) })
         };
         read(&self.shared, self.activity(&file)?, work).await
     }

@@ -51,6 +51,17 @@ pub struct MeasuredFile {
     pub size: u64,
     /// Their digest.
     pub digest: FileDigest,
+    /// What is kept to measure it again with less reading, where it was to be and could be.
+    pub saved: Option<Saved>,
+}
+
+/// The tree of a digest, and the file's stamp then.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    /// As `onequote_verity` keeps it.
+    pub tree: Arc<File>,
+    /// Before and after the file was read.
+    pub stamp: Stamp,
 }
 
 /// Opens for reading without waiting for whoever is at the other end of a FIFO, which is then refused.
@@ -136,7 +147,23 @@ pub(super) async fn measure_open(
     if !hot && Stamp::from(&file.metadata()?) != before {
         return Err(MeasureErrorKind::Changed);
     }
-    Ok(MeasuredFile { file, id: before.file, size, digest })
+    Ok(MeasuredFile { file, id: before.file, size, digest, saved: None })
+}
+
+/// Measures an open image, which must not change, and keeps the tree of its digest in `tree`, an empty file.
+pub(super) async fn measure_and_save(
+    digester: &Digester,
+    file: File,
+    tree: File,
+) -> Result<MeasuredFile, MeasureErrorKind> {
+    let before = Stamp::from(&file.metadata()?);
+    let (file, tree) = (Arc::new(file), Arc::new(tree));
+    let ((size, digest), saved) = digester.digest_and_save(Arc::clone(&file), Arc::clone(&tree)).await?;
+    if Stamp::from(&file.metadata()?) != before {
+        return Err(MeasureErrorKind::Changed);
+    }
+    let saved = saved.then_some(Saved { tree, stamp: before });
+    Ok(MeasuredFile { file, id: before.file, size, digest, saved })
 }
 
 #[cfg(test)]

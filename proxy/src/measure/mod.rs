@@ -23,6 +23,7 @@
 
 mod args;
 mod blocks;
+mod changed;
 mod claims;
 mod cli;
 mod digest;
@@ -40,11 +41,12 @@ pub use args::{Arguments, Given, Lookup, NamedFile};
 pub(crate) use args::{absolute, in_data_dirs};
 pub use blocks::{BlockGraph, Content, Leaf, Snapshot};
 pub(crate) use blocks::{drive_of, slot_name};
+pub use changed::{Dirty, Quiet, Reread, quiet};
 pub use claims::Told;
 pub use cli::{Algorithms, measure_files};
-pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Wanted};
+pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Updated, Wanted};
 pub use error::{MeasureError, MeasureErrorKind};
-pub use file::{MeasuredFile, Stamp};
+pub use file::{MeasuredFile, Saved, Stamp};
 pub(crate) use file::{measure_named, measure_path};
 pub use machine::{Execution, Machine};
 pub use process::{Held, Process};

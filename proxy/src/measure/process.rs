@@ -25,6 +25,9 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// The longest argument vector in bytes (the kernel's own limit is a quarter of the stack, 2 MiB by default).
 const MAX_ARGUMENTS: u64 = 8 * 1024 * 1024;
 
+/// The environment variable by which `launch` says that it started a QEMU.
+pub(crate) const LAUNCHED: &str = "ONEQUOTE_LAUNCHED";
+
 /// The longest list of mappings in bytes.
 const MAX_MAPS: u64 = 16 * 1024 * 1024;
 
@@ -69,6 +72,18 @@ impl Process {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether its environment, as it was when its program began, says that `launch` started it. Anybody can say so of a
+    /// QEMU of his own; it gives nothing but a wait at its end.
+    #[must_use]
+    pub fn was_launched(&self) -> bool {
+        use std::io::Read as _;
+        let mut text = Vec::new();
+        let read = File::open(format!("/proc/{}/environ", self.pid))
+            .and_then(|file| file.take(MAX_ARGUMENTS).read_to_end(&mut text));
+        let said = format!("{LAUNCHED}=1");
+        read.is_ok() && text.split(|&b| b == 0).any(|variable| variable == said.as_bytes())
     }
 
     /// Its session on a host with this boot id.

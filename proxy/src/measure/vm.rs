@@ -21,7 +21,7 @@ use super::{
     Arguments, BlockGraph, Digester, Held, Leaf, Lookup, MeasureError, MeasureErrorKind, MeasuredFile, Process,
     Program, Told,
     args::{absolute, in_data_dirs},
-    file::{measure_open, measure_path, newest_link, open},
+    file::{Saved, measure_and_save, measure_open, measure_path, newest_link, open},
     loaded, roms,
     slots::Placed,
 };
@@ -56,6 +56,8 @@ pub struct Kept {
     pub image: Image,
     /// The file, open for reading.
     pub file: Arc<File>,
+    /// The tree of its digest, where it was kept.
+    pub saved: Option<Saved>,
 }
 
 impl Kept {
@@ -88,6 +90,8 @@ pub struct VmMeter<'a> {
     pub digester: &'a Digester,
     /// Whether the guest may be running, so that writable images may change while they are read.
     pub hot: bool,
+    /// The folder of the trees of writable images, if they are to be kept; they have no names there.
+    pub trees: Option<&'a Path>,
 }
 
 impl VmMeter<'_> {
@@ -254,7 +258,12 @@ impl VmMeter<'_> {
                     let fail = |kind: MeasureErrorKind| MeasureError::new(&leaf.slot, &path, kind);
                     let file = self.process.open_held(held).map_err(|e| fail(e.into()))?;
                     let hot = self.hot && !leaf.read_only;
-                    measure_open(self.digester, file, FileDigestAlg::FsVerity, hot, None).await.map_err(fail)?
+                    match self.tree_for(leaf) {
+                        Some(tree) => measure_and_save(self.digester, file, tree).await.map_err(fail)?,
+                        None => {
+                            measure_open(self.digester, file, FileDigestAlg::FsVerity, hot, None).await.map_err(fail)?
+                        }
+                    }
                 }
             };
             let image = Image {
@@ -266,7 +275,8 @@ impl VmMeter<'_> {
                 digest: measured.digest,
             };
             if !leaf.read_only {
-                kept.push(Kept { image: image.clone(), file: Arc::clone(&measured.file) });
+                let (file, saved) = (Arc::clone(&measured.file), measured.saved.clone());
+                kept.push(Kept { image: image.clone(), file, saved });
             }
             // A file that was handed over as a descriptor has no name that could lead elsewhere.
             if !self.hot && !leaf.name.contains("/dev/fdset/") {
@@ -278,6 +288,12 @@ impl VmMeter<'_> {
         }
         self.must_be_in_their_slots(&placed).await?;
         Ok((images, kept))
+    }
+
+    /// Where the tree of a leaf's image is to be kept.
+    fn tree_for(&self, leaf: &Leaf) -> Option<File> {
+        let dir = self.trees.filter(|_| !self.hot && !leaf.read_only)?;
+        tempfile::tempfile_in(dir).inspect_err(|e| tracing::warn!("no tree can be kept in {}: {e}", dir.display())).ok()
     }
 
     /// The path of a leaf's file and the descriptor through which QEMU holds it.

@@ -108,6 +108,8 @@ impl Session {
         self.kept.retain(|k| !slots.contains(k.image.slot.as_str()));
         self.kept.extend(kept);
         self.kept.sort_by(|a, b| a.image.slot.cmp(&b.image.slot));
+        self.writers.retain(|slot, _| !slots.contains(slot.as_str()));
+        self.note_writers();
         (self.facts, self.leaves) = (facts, leaves);
         self.note_resting();
         Ok(changes)
@@ -310,7 +312,8 @@ impl Session {
     }
 
     pub(super) fn meter(&self, hot: bool) -> VmMeter<'_> {
-        VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot }
+        let trees = self.tracker.as_ref().and(self.env.config.trees.as_deref());
+        VmMeter { qmp: &self.qmp, process: &self.process, digester: &self.env.digester, hot, trees }
     }
 }
 

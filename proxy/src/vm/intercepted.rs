@@ -1,6 +1,7 @@
 //! A session whose monitor is served to management tools.
 
 use super::session::Session;
+pub(super) use crate::intercept::Hands;
 use crate::intercept::{Door, Gate, Vm};
 
 impl Session {
@@ -16,6 +17,7 @@ impl Session {
             clock: self.env.clock,
             digester: self.env.digester.clone(),
             registry: self.env.registry.clone(),
+            before_quit: self.quits.clone(),
         };
         // An earlier one has the same socket.
         self.door = None;

@@ -63,6 +63,10 @@ pub(super) struct Life {
     pub(super) out: Out,
     /// The VM's state was saved, and the snapshot is still to be found.
     pub(super) saved: bool,
+    /// The VM is stopped for its end: nothing is compared any more.
+    pub(super) off: bool,
+    /// It powered off and stands still, and QEMU is the proxy's to end.
+    pub(super) to_end: bool,
     /// The VM may have been put back to a snapshot, and that is not logged yet.
     pub(super) loaded: bool,
     /// How the images that hold a VM's state were at the last look, if they had not just been written.
@@ -109,6 +113,8 @@ impl Life {
             held: false,
             out: Out::No,
             saved: false,
+            off: false,
+            to_end: false,
             loaded: false,
             resting: None,
         }
@@ -159,6 +165,8 @@ impl Session {
         };
         self.recheck |= !is_chatter(&known);
         match known {
+            // Its end is logged, not how it came to it.
+            Known::STOP { .. } if self.life.off => {}
             Known::STOP { .. } => {
                 // Not by a time: while QEMU saves or loads a VM's state it answers nothing, however long that takes.
                 let state = match run_state(&self.qmp).await {
@@ -182,12 +190,28 @@ impl Session {
                 self.reset(VmReset { by_guest: data.guest, reason: word(&data.reason) });
             }
             Known::SHUTDOWN { data, .. } => {
-                self.cause = Some(if data.guest { StopCause::GuestShutdown } else { StopCause::HostShutdown });
+                let cause = if data.guest { StopCause::GuestShutdown } else { StopCause::HostShutdown };
+                if self.life.off {
+                    // The proxy's own `quit` after the guest's power-off is not the cause.
+                    self.cause.get_or_insert(cause);
+                } else {
+                    self.cause = Some(cause);
+                }
+                if self.ends_after_power_off() && !self.life.off {
+                    (self.life.off, self.life.to_end) = (true, true);
+                }
                 self.set_run_state("shutdown");
             }
             Known::GUEST_PANICKED { data, .. } => {
                 let info = data.info.map(|info| format!(", {}", word(&info))).unwrap_or_default();
-                self.crash(CrashCause::GuestPanic, format!("{}{info}", word(&data.action)));
+                let action = word(&data.action);
+                // As QEMU does when it does not stand still at its end.
+                let ends = action == "pause" && self.ends_after_panic();
+                self.crash(CrashCause::GuestPanic, format!("{}{info}", if ends { "poweroff" } else { &action }));
+                if ends {
+                    self.cause = Some(StopCause::GuestShutdown);
+                    (self.life.off, self.life.to_end) = (true, true);
+                }
             }
             Known::GUEST_CRASHLOADED { data, .. } => {
                 self.crash(

@@ -20,8 +20,9 @@ use tokio::{
 };
 
 use super::{
-    Clock, LiveVm, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess, is_valid_name,
-    open_sessions,
+    Clock, LiveVm, OpenSession, References, Registry, Scan, SocketTrouble, Stage, UnmanagedProcess,
+    changed::Writers,
+    is_valid_name, open_sessions,
     outbox::Outbox,
     pace::Pace,
     session::Session,
@@ -64,6 +65,9 @@ pub struct Config {
     pub digester: Digester,
     /// How the host is searched for VMs without a monitor; none to leave it.
     pub scan: Option<Scan>,
+    /// The folder where trees of images are kept while VMs run, so that at their end only what changed is read; none to
+    /// read all. It must exist.
+    pub trees: Option<PathBuf>,
     /// Which monitors are served to management tools, and how; none to serve none.
     pub intercept: Option<intercept::Settings>,
 }
@@ -85,6 +89,7 @@ impl Config {
             retry: Duration::from_secs(1),
             digester: Digester::default(),
             scan: Some(Scan::default()),
+            trees: None,
             intercept: None,
         }
     }
@@ -100,6 +105,7 @@ pub(super) struct Env {
     pub(super) registry: Registry,
     pub(super) digester: Digester,
     pub(super) pace: Pace,
+    pub(super) writers: Writers,
     known: Mutex<BTreeMap<SessionId, OpenSession>>,
 }
 
@@ -152,6 +158,7 @@ impl Manager {
             registry: registry.clone(),
             digester,
             pace,
+            writers: Writers::default(),
             known: Mutex::new(known),
         };
         let (scans, wanted) = mpsc::channel(16);
@@ -416,7 +423,7 @@ async fn close_open_session(env: Arc<Env>, session: OpenSession, process: Option
             Err(kind) => unmeasured.push(MeasureError::new(&image.slot, &path, kind).to_string()),
         }
     }
-    let body = VmStop { cause: StopCause::Unwatched, images, unmeasured }.into();
+    let body = VmStop { cause: StopCause::Unwatched, images, unmeasured, read: Vec::new() }.into();
     let outbox = Outbox::new(session.vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
     outbox.push(Event { time: (env.clock)(), vm: Some(session.vm), body });
     while let Err(e) = outbox.flush().await {

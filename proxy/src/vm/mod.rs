@@ -33,6 +33,7 @@
 //! Processes that run a QEMU program or hold `/dev/kvm` and are none of the above are logged once as unmanaged.
 
 mod change;
+mod changed;
 mod commanders;
 mod compare;
 mod control;

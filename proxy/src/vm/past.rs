@@ -229,7 +229,7 @@ mod tests {
 
     fn stop(past: &mut PastVms, vm: VmRef, disk: u8) {
         let images = vec![image("disk0", disk, false)];
-        past.apply(&event(vm, VmStop { cause: StopCause::Lost, images, unmeasured: Vec::new() }));
+        past.apply(&event(vm, VmStop { cause: StopCause::Lost, images, unmeasured: Vec::new(), read: Vec::new() }));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! One session: a QEMU process from when its monitor answers until it has ended and its stop is logged.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -11,11 +12,12 @@ use onequote_evidence::{
     id::{TimeMs, VmId},
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     time::{MissedTickBehavior, interval, sleep_until, timeout},
 };
 
 use super::{
+    changed::{Tracker, Writer},
     control::Retry,
     facts::Facts,
     intercepted,
@@ -92,6 +94,13 @@ pub(super) struct Session {
     pub(super) last_reset: Option<VmReset>,
     pub(super) unlogged_resets: u64,
     _met: Met,
+    /// What QEMU is to tell at its end, if it is.
+    pub(super) tracker: Option<Tracker>,
+    /// The files that QEMU writes, by slot.
+    pub(super) writers: BTreeMap<String, Arc<Writer>>,
+    /// Who is about to end QEMU, and where that is said.
+    ends: mpsc::Receiver<oneshot::Sender<()>>,
+    pub(super) quits: mpsc::Sender<oneshot::Sender<()>>,
     /// Retries that people ask for, and where they ask.
     retries: mpsc::Receiver<Retry>,
     pub(super) asks: mpsc::Sender<Retry>,
@@ -119,6 +128,7 @@ impl Session {
         let vm = facts.uuid.unwrap_or_else(|| VmId::from_name(&env.config.host, &name));
         let vm = VmRef { vm, session: process.session(env.config.boot) };
         let (asks, retries) = mpsc::channel(1);
+        let (quits, ends) = mpsc::channel(1);
         let outbox = Outbox::new(vm, Arc::clone(&env.sink), Arc::clone(&env.inventory));
         let now = Instant::now();
         let look_at = env.pace.next(now);
@@ -153,6 +163,10 @@ impl Session {
             resets: Bucket::new(RESETS, RESETS_REFILL, now),
             last_reset: None,
             unlogged_resets: 0,
+            tracker: None,
+            writers: BTreeMap::new(),
+            ends,
+            quits,
             _met: met,
             retries,
             asks,
@@ -175,6 +189,9 @@ impl Session {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tick.reset();
         loop {
+            if std::mem::take(&mut self.life.to_end) {
+                self.end_after_power_off().await;
+            }
             tokio::select! {
                 biased;
                 event = next_event(&mut self.life, &mut self.events), if self.outbox.len() < MAX_PENDING => match event {
@@ -191,6 +208,11 @@ impl Session {
                     break;
                 }
                 Some(answer) = self.retries.recv() => self.retry(answer).await,
+                Some(done) = self.ends.recv() => {
+                    self.conclude().await;
+                    // Who asked may have given up.
+                    let _ = done.send(());
+                }
                 _ = tick.tick() => {
                     if let Some(reset) = self.last_reset.take() {
                         self.reset(reset);
@@ -199,7 +221,9 @@ impl Session {
                 }
                 () = sleep_until(self.look_at.into()) => {}
             }
-            self.look().await;
+            if !self.life.off {
+                self.look().await;
+            }
         }
         self.finish().await;
     }
@@ -247,11 +271,11 @@ impl Session {
         self.stage(Stage::Ending);
         self.env.registry.tell(self.vm, NoticeKind::Stopped);
         if self.created {
-            let (images, mut unmeasured) = self.measure_kept().await;
+            let (images, read, mut unmeasured) = self.measure_left().await;
             let missed = self.expected.iter().filter(|i| !i.read_only && self.leaves.is_empty());
             unmeasured.extend(missed.map(|i| format!("{} ({}): QEMU ended before it was opened", i.slot, i.path)));
             let cause = self.cause.unwrap_or(StopCause::Lost);
-            self.log(VmStop { cause, images, unmeasured });
+            self.log(VmStop { cause, images, unmeasured, read });
             let mut tick = interval(self.env.config.retry);
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             while !self.flush().await {

@@ -31,7 +31,7 @@ use super::{
     session::Session,
 };
 use crate::intercept::Gate;
-use crate::measure::{self, Execution, MeasureError, Measurement};
+use crate::measure::{self, Arguments, Execution, MeasureError, Measurement};
 
 /// Why a session is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,12 +52,16 @@ struct Introduced {
     should_wait: bool,
     /// Its guest has executed something.
     has_run: bool,
+    given: Arguments,
 }
 
 impl Session {
     /// Takes the session into the registry, measures it, logs it and lets it run.
     pub(super) async fn assess(&mut self, occasion: Occasion) {
         let own = self.introduce().await;
+        if matches!(occasion, Occasion::ProxyDown | Occasion::MonitorLost) {
+            self.lose_track(&own.given).await;
+        }
         let waits = self.facts.run_state == "prelaunch";
         let gate = waits && !own.has_run;
         let incoming = self.comes_from_elsewhere(occasion).await;
@@ -98,6 +102,9 @@ impl Session {
             self.set_gate(Gate::Open);
         }
         self.meeting = None;
+        if gate {
+            self.track(&own.given).await;
+        }
         let (told, graph, program) = (self.facts.told(), self.graph.take(), self.program.take());
         let measured = tokio::select! {
             biased;
@@ -281,7 +288,7 @@ impl Session {
         self.monitors = monitors.unwrap_or_else(|e| vec![format!("unknown: {e}")]);
         let has_run =
             execution.has_run == Some(true) && !(given.names.contains("loadvm") && self.processors_rested().await);
-        Introduced { should_wait: given.names.contains("S"), has_run }
+        Introduced { should_wait: given.names.contains("S"), has_run, given }
     }
 
     /// Whether the log that is written now was written when the process started: then nobody else than the proxy was to
@@ -335,6 +342,8 @@ impl Session {
         self.kept.clone_from(&measurement.kept);
         self.leaves.clone_from(&measurement.leaves);
         self.images.clone_from(&measurement.images);
+        self.writers.clear();
+        self.note_writers();
     }
 
     /// Adds an event to those that wait to be logged.

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use onequote_evidence::{
     cbor,
     event::{
-        Component, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind, Image, LogGap,
-        RefuseCause, VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
+        Component, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind, HowRead, Image,
+        LogGap, RefuseCause, VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
     },
     id::{Blob, SessionId, VmId},
     record,
@@ -130,6 +130,14 @@ impl Fold<'_> {
                         session.unseen_since = None;
                         tree.session = None;
                         images::stop(tree, vm.session, stop, &by);
+                        let partly = stop.read.iter().filter(|read| read.how == HowRead::Changed);
+                        self.out.notes.extend(partly.map(|read| {
+                            format!(
+                                "record {recnum}: {name} left {} with a digest made by reading {} bytes that its QEMU said had \
+                                 changed; the next start reads all",
+                                read.slot, read.bytes
+                            )
+                        }));
                     }
                     EventBody::VmRefuse(refuse) => session.refused = Some(refuse.clone()),
                     EventBody::VmReset(_) => session.reboots += 1,

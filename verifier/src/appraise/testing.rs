@@ -329,7 +329,7 @@ impl World {
 
     /// A VM ends and leaves its images so.
     pub(crate) fn stop(&mut self, n: u8, session: u8, cause: StopCause, images: Vec<Image>) {
-        self.log(12, Some(vm_ref(n, session)), VmStop { cause, images, unmeasured: Vec::new() });
+        self.log(12, Some(vm_ref(n, session)), VmStop { cause, images, unmeasured: Vec::new(), read: Vec::new() });
         self.statement.vms.retain(|vm| vm.vm != vm_id(n));
         self.guests.retain(|guest| guest.vm != vm_id(n));
     }
