@@ -244,6 +244,7 @@ async fn start_recorder(
 ) -> Result<(Recorder, LogHandle), AppError> {
     let store = FileStore::open(config.log_dir())?;
     let binary = fs::File::open("/proc/self/exe").map_err(io_error("/proc/self/exe"))?;
+    let path = fs::read_link("/proc/self/exe").map_err(io_error("/proc/self/exe"))?;
     let wanted = measure::Wanted { alg: FileDigestAlg::Sha256, stamp: None, progress: None };
     let measured = measure::Digester::default().digest(Arc::new(binary), wanted).await;
     let (_, binary) = measured.map_err(|e| io_error("/proc/self/exe")(io::Error::other(e)))?;
@@ -253,6 +254,7 @@ async fn start_recorder(
         boot_id,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         binary: Some(binary),
+        path: Some(path.to_string_lossy().into_owned()),
         pcr_vm: config.pcr_vm,
         pcr_guest: config.pcr_guest,
         quoted_pcrs: QUOTED_PCRS.to_vec(),

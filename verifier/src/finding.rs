@@ -168,6 +168,18 @@ codes! {
     HostImaBootAggregate = "host-ima-boot-aggregate", Evidence,
         "The boot aggregate in the host's IMA list is not that of the quoted registers.",
         "Treat the host as hostile: the list belongs to another boot or another TPM.";
+    ProxyBinary = "proxy-binary", Policy,
+        "The proxy's program is not one that the policy allows.",
+        "If the proxy was updated on purpose, add its digest to the policy; otherwise treat the host as hostile.";
+    ProxyUnlisted = "proxy-unlisted", Policy,
+        "The host measures files with IMA, but its list has no entry for the proxy's program as the proxy names it.",
+        "If the host's IMA policy measures what is executed, treat the host as hostile; otherwise have it measure that, or set unlisted_programs.";
+    ProxyReplaced = "proxy-replaced", Policy,
+        "Another program was run or read in the proxy's place since the host was booted.",
+        "After an update on purpose, allow both programs with proxy or host.ima in the policy, or reboot; otherwise treat the host as hostile.";
+    QemuUnlisted = "qemu-unlisted", Policy,
+        "The host measures files with IMA, but its list has no entry for the program that runs the VM.",
+        "If the host's IMA policy measures what is executed, treat the host as hostile; otherwise have it measure that, or set unlisted_programs.";
     LogMalformed = "log-malformed", Evidence,
         "A record of the measurement log cannot be read.",
         "The log file was damaged or edited; look at the named record on the host.";

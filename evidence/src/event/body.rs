@@ -203,6 +203,8 @@ bodies! {
         #[n(8)] pub reset_count: u32,
         /// The TPM's count of restarts and resumes since then. It may grow in an epoch: registers outlive a suspend.
         #[n(9)] pub restart_count: u32,
+        /// Where the binary is, as the host's kernel shows it: ` (deleted)` at its end when it was replaced since.
+        #[n(10)] pub path: Option<String>,
     }
 
     /// A VM was found or launched.

@@ -28,6 +28,7 @@ pub(crate) fn start_event(banks: &[HashAlg]) -> Event {
         pcr_guest: 13,
         reset_count: 4,
         restart_count: 0,
+        path: None,
     };
     Event { time: TimeMs(1), vm: None, body: body.into() }
 }

@@ -85,6 +85,7 @@ pub(crate) fn bodies(g: &mut Gen) -> Vec<EventBody> {
             pcr_guest: 13,
             reset_count: g.u32(),
             restart_count: g.u32(),
+            path: Some(g.text()),
         }
         .into(),
         VmCreate {

@@ -508,6 +508,7 @@ fn proxy_start(config: &mut RecorderConfig, clock: Clock, epoch: Epoch, register
         pcr_guest: config.pcr_guest,
         reset_count: clock.reset_count,
         restart_count: clock.restart_count,
+        path: config.path.clone(),
     };
     Event { time: (config.now)(), vm: None, body: body.into() }
 }

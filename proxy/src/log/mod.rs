@@ -93,6 +93,8 @@ pub struct RecorderConfig {
     pub version: String,
     /// The proxy's binary, if it could be measured.
     pub binary: Option<FileDigest>,
+    /// Where that is, as the kernel shows it.
+    pub path: Option<String>,
     /// The register for [`PcrRole::Vm`].
     pub pcr_vm: u8,
     /// The register for [`PcrRole::Guest`]; another one.

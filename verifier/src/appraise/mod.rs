@@ -9,6 +9,7 @@
 //!                                  └─ selection, digest ─► QuotedRegisters         (5)
 //! firmware log ─ replay ─► Boot; host IMA list ─ replay ─► HostList                 (6, 7)
 //! records ─ replay ─► VerifiedLog ─ fold ─► Sessions, expectation tree             (8)
+//! programs of proxy and QEMU ↔ HostList                                            (7, 8)
 //! guests' lists ─ replay ─► VerifiedList                                           (9)
 //! statement ↔ sessions: inventory                                                  (10)
 //! policy: host, then each VM                                                       (11)
@@ -29,6 +30,7 @@ mod images;
 pub mod inventory;
 pub mod judge;
 pub mod log;
+pub mod programs;
 pub mod registers;
 pub mod sessions;
 pub mod signature;
@@ -242,6 +244,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     let names = statement.vms.iter().map(|vm| (vm.session, vm.name.clone())).collect();
     let mut sessions = sessions::fold(&log, context.state.base_for(statement.epoch), &names, policy);
     host.append(&mut sessions.findings);
+    host.extend(programs::check(&host_list, &log, &mut sessions, &policy.host, &mut skipped));
     let mut notes = std::mem::take(&mut sessions.notes);
     host.extend(past.iter().filter_map(|gap| sessions::past_gap_finding(gap, policy, &mut notes)));
     let mut dictionary = Dictionary::new(&evidence.dictionary);

@@ -236,12 +236,13 @@ impl World {
             epoch: self.statement.epoch,
             boot_id: BootId([self.boot; 16]),
             version: "0.1.0".into(),
-            binary: None,
+            binary: Some(digest(8)),
             history,
             pcr_vm: 12,
             pcr_guest: 13,
             reset_count: self.clock.reset_count,
             restart_count: self.clock.restart_count,
+            path: Some("/usr/bin/onequote-proxy".into()),
         };
         self.log(12, None, start);
     }

@@ -10,7 +10,7 @@ use onequote_evidence::{
     pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM},
 };
 
-use super::{AllowList, Consent, Content, Excludes, FirmwareRule, KeyEntry, OneOrMore, Pattern, Pcr};
+use super::{AllowList, Allowed, Consent, Content, Excludes, FirmwareRule, KeyEntry, OneOrMore, Pattern, Pcr};
 
 /// What is demanded of the host.
 #[derive(Debug, Clone, Deserialize)]
@@ -38,6 +38,12 @@ pub struct HostRule {
     pub unmanaged: Consent,
     /// What the firmware's event log must show; with it the log is demanded.
     pub firmware: Option<FirmwareRule>,
+    /// The proxy's binary.
+    #[serde(default = "Allowed::any")]
+    pub proxy: Allowed,
+    /// Whether the proxy's and QEMU's programs may be missing in the host's IMA list.
+    #[serde(default)]
+    pub unlisted_programs: Consent,
     /// Files that the host's IMA list may hold; with it the list is demanded.
     pub ima: Option<AllowList>,
     /// The same, in files of their own, relative to the policy's.
@@ -76,6 +82,8 @@ impl Default for HostRule {
             accept_gaps: BTreeSet::new(),
             unmanaged: Consent::Refused,
             firmware: None,
+            proxy: Allowed::Any,
+            unlisted_programs: Consent::Refused,
             ima: None,
             ima_file: None,
             ima_ignore: Vec::new(),

@@ -66,6 +66,13 @@ fn host(out: &mut String, facts: &Facts) {
     if (start.pcr_vm, start.pcr_guest) != (DEFAULT_PCR_VM, DEFAULT_PCR_GUEST) {
         let _ = writeln!(out, "pcr_vm = {}\npcr_guest = {}", start.pcr_vm, start.pcr_guest);
     }
+    match start.binary {
+        Some(binary) => {
+            let path = start.path.as_deref().unwrap_or_default();
+            let _ = writeln!(out, "proxy = [{}] # {}", quote(&binary.to_string()), comment(path));
+        }
+        None => out.push_str("# The proxy did not measure its own program.\n"),
+    }
     let history = start.history.iter().filter(|item| item.bank == onequote_evidence::digest::HashAlg::Sha256);
     let history: Vec<String> = (history.filter(|item| item.value.0.iter().any(|&byte| byte != 0)))
         .filter(|item| !firmware::explains(facts, item.pcr, &item.value))

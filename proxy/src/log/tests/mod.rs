@@ -147,6 +147,7 @@ fn config() -> RecorderConfig {
         boot_id: BootId([3; 16]),
         version: "0.1.0".to_owned(),
         binary: None,
+        path: None,
         pcr_vm: 12,
         pcr_guest: 13,
         quoted_pcrs: QUOTED_PCRS.to_vec(),

@@ -384,9 +384,10 @@ fn the_hosts_ima_list() {
     let zeros = vec![Sha256::ZERO; 10];
     let parts: Vec<&[u8]> = zeros.iter().map(Sha256::as_bytes).collect();
     let boot = ima_entry_of("boot_aggregate", &sha256(&parts).0, false);
-    let list = [boot.clone(), ima_entry("/usr/bin/onequote-proxy", 8), ima_entry("/bin/later", 9)];
+    let proxy = ima_entry("/usr/bin/onequote-proxy", 8);
+    let list = [boot.clone(), proxy, ima_entry("/vm/qemu-binary", 0), ima_entry("/bin/later", 9)];
     world.dictionary.extend(list.clone());
-    world.pcrs.insert(10, world.aggregate(&[3, 4]));
+    world.pcrs.insert(10, world.aggregate(&[3, 4, 5]));
     let missing = world.round();
     assert_eq!(only(&missing).code, Code::HostImaMissing);
     world.host_ima = list.iter().flat_map(|blob| blob.0.clone()).collect();
@@ -394,9 +395,9 @@ fn the_hosts_ima_list() {
     assert!(appraisal.verdict.all_trusted(), "the list may run ahead: {:#?}", appraisal.verdict.host);
 
     let with_list = format!(
-        "{POLICY}\n[host.ima]\n\"/usr/bin/onequote-proxy\" = [\"sha256:{}\"]\n\"boot_aggregate\" = [\"sha256:{}\"]\n",
+        "{POLICY}\n[host.ima]\n\"/usr/bin/onequote-proxy\" = [\"sha256:{}\"]\n\"/vm/qemu-binary\" = [\"sha256:{}\"]\n",
         "08".repeat(32),
-        sha256(&parts)
+        "00".repeat(32)
     );
     world.policy = Some(with_list.clone());
     assert!(world.round().verdict.all_trusted());

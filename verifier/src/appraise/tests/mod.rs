@@ -7,6 +7,7 @@ mod firmware;
 mod history;
 mod ima;
 mod policy;
+mod programs;
 
 use super::{Appraisal, testing::*};
 use crate::{
