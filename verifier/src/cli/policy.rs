@@ -19,7 +19,7 @@ use crate::{
     enrol,
     finding::{Class, Finding},
     policy::{
-        Pattern, Policy, learn,
+        Pattern, Policy, PolicyError, SigningKey, keylime, learn, read,
         tree::{self, Listing, Options},
     },
     result::Verdict,
@@ -62,6 +62,20 @@ pub enum PolicyCommand {
         /// Algorithm of the digests: the kernel's ima_hash=; several times for several
         #[arg(long, value_name = "NAME", default_value = "sha256")]
         hash: Vec<HashAlg>,
+    },
+    /// Take over a runtime policy of Keylime's: write its allow list, and print the lines that use it in a rule
+    ImportKeylime {
+        /// The policy, JSON, plain or in a DSSE envelope
+        file: PathBuf,
+        /// The key, or certificate, PEM, that it must be signed by
+        #[arg(long, value_name = "PEM")]
+        key: Option<PathBuf>,
+        /// Take a signed policy without a look at its signature
+        #[arg(long, conflicts_with = "key")]
+        danger_unchecked_signature: bool,
+        /// Where to write the list
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
     },
     /// Put a policy in force for a host
     Set {
@@ -122,6 +136,9 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
             let options = Options { at, skip: skip.into_iter().map(Pattern).collect(), algorithms: hash };
             from_tree(&trees, &output, &options)
         }
+        PolicyCommand::ImportKeylime { file, key, danger_unchecked_signature, output } => {
+            import_keylime(&file, key.as_deref(), danger_unchecked_signature, &output)
+        }
         PolicyCommand::Set { host, file } => {
             let (_, text) = Policy::load(&file)?;
             let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
@@ -166,6 +183,22 @@ fn from_tree(trees: &[PathBuf], output: &Path, options: &Options) -> Result<(), 
     write(output, listing.toml(trees).as_bytes())?;
     tracing::info!(files = listing.len(), list = %output.display(), "written; lines for a rule follow");
     say(&tree::rule_lines(output))
+}
+
+fn import_keylime(file: &Path, key: Option<&Path>, unchecked: bool, output: &Path) -> Result<(), CliError> {
+    let key = key.map(|path| {
+        let fail = |source| PolicyError::Key { path: path.to_owned(), source };
+        SigningKey::from_pem(&read(path)?).map_err(fail)
+    });
+    let (text, key) = (read(file)?, key.transpose()?);
+    let import = keylime::import(&text, key.as_ref(), unchecked, &output.display().to_string());
+    let import = import.map_err(|source| PolicyError::Keylime { path: file.to_owned(), source })?;
+    for note in &import.notes {
+        tracing::warn!("{note}");
+    }
+    write(output, import.list.as_bytes())?;
+    tracing::info!(list = %output.display(), "written; lines for a rule follow");
+    say(&import.rule)
 }
 
 fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Facts, CliError> {

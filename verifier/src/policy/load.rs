@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use onequote_evidence::pcr::PCR_COUNT;
 
-use super::{AllowList, KeyEntry, Policy, SigningKey, keys::KeyError};
+use super::{AllowList, KeyEntry, Policy, SigningKey, keylime::KeylimeError, keys::KeyError};
 
 /// The longest policy or allow-list file in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
@@ -35,6 +35,14 @@ pub enum PolicyError {
         path: PathBuf,
         /// Why not.
         source: KeyError,
+    },
+    /// A Keylime policy that cannot be taken over.
+    #[error("{path}")]
+    Keylime {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: KeylimeError,
     },
     /// It contradicts itself.
     #[error("{path}: {rule}: {why}")]
@@ -191,7 +199,11 @@ fn take_in_file(rule: &mut toml::Table, path: &Path) -> Result<(), PolicyError> 
     Ok(())
 }
 
-fn read(path: &Path) -> Result<String, PolicyError> {
+/// Reads a text of bounded size.
+///
+/// # Errors
+/// [`PolicyError::Read`].
+pub fn read(path: &Path) -> Result<String, PolicyError> {
     let fail = |source| PolicyError::Read { path: path.to_owned(), source };
     let size = std::fs::metadata(path).map_err(fail)?.len();
     if size > MAX_FILE {

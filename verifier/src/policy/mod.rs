@@ -31,6 +31,7 @@ mod allow;
 mod firmware;
 mod host;
 mod ima;
+pub mod keylime;
 pub mod keys;
 pub mod learn;
 mod load;
@@ -48,7 +49,7 @@ pub use firmware::{DatabaseRule, Digests, FirmwareRule, PlainDigest, StubDigest}
 pub use host::HostRule;
 pub use ima::{Content, Excludes, ImaRule, is_keyring};
 pub use keys::{KeyEntry, SigningKey};
-pub use load::PolicyError;
+pub use load::{PolicyError, read};
 pub use value::{Allowed, Consent, OneOrMore, Pattern, Pcr, Reference};
 pub use vm::{Changes, ImageRule, Runtime, VmRule};
 
