@@ -12,7 +12,8 @@ use super::kernel::Kernel;
 use crate::lab::cache::{Cache, Key};
 use crate::lab::command;
 
-const STUB: &str = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
+/// systemd's.
+pub(crate) const STUB: &str = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
 const SECTOR: u64 = 512;
 const FIRST_SECTOR: u64 = 2048;
 const ESP_SIZE: u64 = 40 << 20;
@@ -28,7 +29,7 @@ pub(crate) fn prepare(cache: &Cache, kernel: &Kernel, initrd: &Path, disk: &Path
         .text(cmdline);
     let place = cache.entry("guest-uefi", &key, |folder| {
         let unified = unified_image(folder, kernel, initrd, cmdline)?;
-        let esp = system_partition(folder, &unified)?;
+        let esp = system_partition(folder, ESP_SIZE, &["EFI", "EFI/BOOT"], &[(&unified, "EFI/BOOT/BOOTX64.EFI")])?;
         let raw = folder.join("raw");
         partitioned(&raw, &[(0xef, &esp), (0x83, disk)])?;
         command::output(
@@ -46,7 +47,7 @@ pub(crate) fn prepare(cache: &Cache, kernel: &Kernel, initrd: &Path, disk: &Path
 }
 
 /// systemd's stub with command line, kernel and initramfs as further sections, placed behind the stub's own.
-fn unified_image(folder: &Path, kernel: &Kernel, initrd: &Path, cmdline: &str) -> Result<PathBuf> {
+pub(crate) fn unified_image(folder: &Path, kernel: &Kernel, initrd: &Path, cmdline: &str) -> Result<PathBuf> {
     let (os_release, cmdline_file) = (folder.join("os-release"), folder.join("cmdline"));
     fs::write(&os_release, "ID=onequote-lab\nNAME=\"onequote lab guest\"\n")?;
     fs::write(&cmdline_file, cmdline)?;
@@ -83,9 +84,10 @@ fn stub_end(shown: &str) -> Option<u64> {
         .max()
 }
 
-fn system_partition(folder: &Path, unified: &Path) -> Result<PathBuf> {
+/// An EFI system partition, in the file `esp`.
+pub(crate) fn system_partition(folder: &Path, size: u64, folders: &[&str], files: &[(&Path, &str)]) -> Result<PathBuf> {
     let esp = folder.join("esp");
-    File::create(&esp)?.set_len(ESP_SIZE)?;
+    File::create(&esp)?.set_len(size)?;
     let mtool = |name: &str| {
         let mut tool = command::program(name);
         // A fixed serial number, not one from the clock.
@@ -93,14 +95,16 @@ fn system_partition(folder: &Path, unified: &Path) -> Result<PathBuf> {
         tool
     };
     command::output(mtool("mformat").args(["-F", "-N", "6f710001", "-v", "ESP", "::"]))?;
-    command::output(mtool("mmd").args(["::EFI", "::EFI/BOOT"]))?;
-    command::output(mtool("mcopy").arg(unified).arg("::EFI/BOOT/BOOTX64.EFI"))?;
+    command::output(mtool("mmd").args(folders.iter().map(|path| format!("::{path}"))))?;
+    for (file, path) in files {
+        command::output(mtool("mcopy").arg(file).arg(format!("::{path}")))?;
+    }
     Ok(esp)
 }
 
 /// A disk with a DOS partition table: an entry is flag, first CHS, type, last CHS, first sector, sectors; the table is at
 /// 446, the signature at 510.
-fn partitioned(raw: &Path, partitions: &[(u8, &Path)]) -> Result<()> {
+pub(crate) fn partitioned(raw: &Path, partitions: &[(u8, &Path)]) -> Result<()> {
     let mut table = [0; SECTOR as usize];
     let mut disk = File::create(raw)?;
     let mut first = FIRST_SECTOR;
