@@ -16,6 +16,7 @@
 //! - [`firmware`]: the firmware's event log, its replay to the registers of the boot, and what it proves.
 //! - [`ima`]: IMA's binary measurement list and its replay to PCR 10.
 //! - [`guest_frame`]: what the shim and the proxy say to each other over vsock.
+//! - [`join`]: what a host and a verifier say to each other before the first quote.
 //! - [`nonce_tree`], [`statement`], [`stream`]: one quote for many challenges, and the evidence that goes with it.
 
 pub mod cbor;
@@ -26,6 +27,7 @@ pub mod firmware;
 pub mod guest_frame;
 pub mod id;
 pub mod ima;
+pub mod join;
 pub mod log;
 pub mod nonce_tree;
 pub mod pcr;

@@ -15,9 +15,10 @@ use std::{
 use onequote_evidence::{
     digest::{FileDigestAlg, HashAlg},
     event::{Event, VmRef},
-    id::{BootId, EpochId, TimeMs},
+    id::{BootId, EpochId, HostId, TimeMs},
     pcr::QUOTED_PCRS,
     statement::Unmanaged,
+    tpm::Public,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -33,6 +34,7 @@ use crate::{
     guest::{self, Listeners, Room, VmDirectory},
     identity::{Identity, IdentityError},
     inventory::Inventory,
+    join::{self, Done, JoinError, Keeper, Membership, Wish},
     log::{
         FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig, RecorderError,
         StoreError,
@@ -74,6 +76,28 @@ pub enum AppError {
         /// Why.
         error: io::Error,
     },
+    /// Joining a verifier.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The state folder is another host's.
+    #[error(
+        "the verifier {verifier} was joined with the attestation key of another TPM: this state folder was copied from \
+         another host, or the TPM was cleared or exchanged; join again with a new token"
+    )]
+    OtherTpm {
+        /// The verifier's name.
+        verifier: String,
+    },
+    /// The host has another name.
+    #[error("the verifier {verifier} was joined as {joined}, and host_id is {host} now; join again with a new token")]
+    OtherHost {
+        /// The verifier's name.
+        verifier: String,
+        /// As which host.
+        joined: HostId,
+        /// Now.
+        host: HostId,
+    },
     /// The log began anew while VMs ran.
     #[error("the log began a new epoch while the proxy ran; start it again, so that everything is measured anew")]
     NewEpoch,
@@ -99,6 +123,32 @@ pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
     Ok([config.state_dir.join("certificate.pem"), ak])
 }
 
+/// Joins a verifier.
+///
+/// # Errors
+/// [`AppError`].
+pub async fn join(config: &Config, wish: Wish) -> Result<Done, AppError> {
+    folder::private(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
+    // As for `init`: the log's lock says that no proxy runs, which may be using the TPM.
+    let _alone = FileStore::open(config.log_dir())?;
+    Ok(join::join(config, wish, now()).await?)
+}
+
+/// A state folder that was copied, or a TPM that was cleared or exchanged: what was joined is not this host any more.
+fn check_memberships(config: &Config, memberships: &[Membership], ak: &[u8]) -> Result<(), AppError> {
+    let ak = Public::parse(ak).map(|ak| ak.name()).unwrap_or_default();
+    for Membership { name, details, .. } in memberships {
+        if details.ak.0 != ak {
+            return Err(AppError::OtherTpm { verifier: name.clone() });
+        }
+        if details.host != config.host_id {
+            let (verifier, joined) = (name.clone(), details.host.clone());
+            return Err(AppError::OtherHost { verifier, joined, host: config.host_id.clone() });
+        }
+    }
+    Ok(())
+}
+
 /// Runs until told to end.
 ///
 /// # Errors
@@ -110,9 +160,10 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     }
     raise_descriptors();
     let identity = Identity::open(&config.state_dir, &config.host_id)?;
-    let tls = match config.verifiers.as_slice() {
-        [] => None,
-        verifiers => Some(identity.server(verifiers)?),
+    let memberships = Membership::all(&config.state_dir).map_err(io_error("verifiers that were joined"))?;
+    let tls = match config.verifiers.is_empty() && memberships.is_empty() {
+        true => None,
+        false => Some(identity.server(&config.verifiers, &memberships)?),
     };
     let references = match &config.enforce {
         Some(enforce) => Some(References::load(&enforce.references)?),
@@ -126,6 +177,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     if tpm.software {
         warn!("the TPM is software: good for tests, no root of trust");
     }
+    check_memberships(&config, &memberships, &tpm.ak_public)?;
     let ak = config.state_dir.join("ak.pub");
     fs::write(&ak, &tpm.ak_public).map_err(io_error(ak.display().to_string()))?;
 
@@ -199,14 +251,24 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     }
     match tls {
         Some((tls, known)) => {
+            let trust = Arc::clone(&known);
             let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
             let address = listener.address();
             let published = config.state_dir.join("listen.addr");
             publish_address(&published, address).map_err(io_error(published.display().to_string()))?;
             tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
-            info!(%address, verifiers = config.verifiers.len(), "ready");
+            let count = config.verifiers.len() + memberships.len();
+            let keeper = Keeper { log: log.clone(), trust, port: address.port(), now };
+            for membership in memberships {
+                let keeping = join::keep(keeper.clone(), Arc::new(RwLock::new(membership)));
+                tasks.spawn(async move {
+                    keeping.await;
+                    Ok(())
+                });
+            }
+            info!(%address, verifiers = count, "ready");
         }
-        None => warn!("ready, but nobody can ask: the configuration names no verifier"),
+        None => warn!("ready, but nobody can ask: the configuration names no verifier, and none was joined"),
     }
     tasks.spawn(watch_epoch(log));
 

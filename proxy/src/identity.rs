@@ -1,25 +1,33 @@
-//! The host's TLS identity: a key and a certificate that verifiers pin.
+//! The host's TLS identities, and which verifiers are let in.
 //!
-//! The certificate is signed by its own key and is the only trust anchor at the other end, so nothing but the
-//! possession of this key counts. The key is in `identity.pem` of the state folder, readable by its owner only.
+//! Verifiers of the configuration pin one certificate, which is signed by its own key and is the only trust anchor at the
+//! other end: nothing but the possession of this key counts. It is in `identity.pem` of the state folder, readable by its
+//! owner only. A verifier that the host has joined issued a certificate of its own ([`crate::join`]); which one is
+//! shown follows from the authority that the verifier names in its first message. The other way round a verifier is
+//! let in by its pinned certificate, or by one of its authority *with the verifier's name*: the other hosts have
+//! certificates of that authority, too.
 
 use std::{
     fs, io,
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
 
-use onequote_evidence::id::HostId;
+use onequote_evidence::{id::HostId, join::VERIFIER_NAME};
 use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair};
 use rustls::{
     RootCertStore, ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    client::verify_server_name,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
+    server::{
+        ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier,
+    },
+    sign::CertifiedKey,
 };
 
-use crate::config::Verifier;
+use crate::{config::Verifier, join::Membership};
 
 /// Key and certificate.
 pub struct Identity {
@@ -27,8 +35,71 @@ pub struct Identity {
     key: PrivateKeyDer<'static>,
 }
 
-/// Verifiers' names and certificates (DER).
-pub type KnownVerifiers = Vec<(String, Vec<u8>)>;
+/// Which certificate we show to whom, and whom we let in.
+#[derive(Debug)]
+pub struct Trust {
+    own: Arc<CertifiedKey>,
+    /// Names and certificates (DER) of the configuration's verifiers.
+    pinned: Vec<(String, Vec<u8>)>,
+    members: Vec<Member>,
+}
+
+/// A verifier that was joined.
+#[derive(Debug)]
+struct Member {
+    name: String,
+    /// The authority's encoded name.
+    authority: Vec<u8>,
+    clients: Arc<dyn ClientCertVerifier>,
+    shown: RwLock<Arc<CertifiedKey>>,
+}
+
+impl Trust {
+    /// The verifier that showed this certificate; none when it is nobody's.
+    #[must_use]
+    pub fn verifier(&self, certificate: &CertificateDer<'_>) -> Option<&str> {
+        if let Some((name, _)) = self.pinned.iter().find(|(_, der)| der.as_slice() == certificate.as_ref()) {
+            return Some(name);
+        }
+        let name = ServerName::try_from(VERIFIER_NAME).ok()?;
+        let parsed = ParsedCertificate::try_from(certificate).ok()?;
+        verify_server_name(&parsed, &name).ok()?;
+        let of = |member: &&Member| member.clients.verify_client_cert(certificate, &[], UnixTime::now()).is_ok();
+        self.members.iter().find(of).map(|member| member.name.as_str())
+    }
+
+    /// Shows a renewed certificate from now on.
+    ///
+    /// # Errors
+    /// The key is not the certificate's.
+    pub fn renewed(&self, membership: &Membership) -> Result<(), IdentityError> {
+        let shown = certified(&membership.certificate, &membership.key)?;
+        for member in self.members.iter().filter(|member| member.name == membership.name) {
+            *member.shown.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&shown);
+        }
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for Trust {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let named = hello.certificate_authorities().unwrap_or_default();
+        let member = self.members.iter().find(|member| named.iter().any(|name| name.as_ref() == member.authority));
+        Some(match member {
+            Some(member) => Arc::clone(&member.shown.read().unwrap_or_else(PoisonError::into_inner)),
+            None => Arc::clone(&self.own),
+        })
+    }
+}
+
+fn certified(
+    certificate: &CertificateDer<'static>,
+    key: &PrivateKeyDer<'static>,
+) -> Result<Arc<CertifiedKey>, IdentityError> {
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let certified = CertifiedKey::from_der(vec![certificate.clone()], key.clone_key(), &provider);
+    certified.map(Arc::new).map_err(|e| IdentityError::Tls(e.to_string()))
+}
 
 /// The identity cannot be made, read or used.
 #[derive(Debug, thiserror::Error)]
@@ -99,30 +170,49 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError`], naming the certificate that cannot be used.
-    pub fn server(&self, verifiers: &[Verifier]) -> Result<(Arc<ServerConfig>, KnownVerifiers), IdentityError> {
+    pub fn server(
+        &self,
+        verifiers: &[Verifier],
+        memberships: &[Membership],
+    ) -> Result<(Arc<ServerConfig>, Arc<Trust>), IdentityError> {
         let tls = |e: &dyn std::fmt::Display| IdentityError::Tls(e.to_string());
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let clients = |roots: RootCertStore| {
+            let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build();
+            clients.map_err(|e| tls(&e))
+        };
         let mut roots = RootCertStore::empty();
-        let mut known = Vec::new();
+        let mut pinned = Vec::new();
         for verifier in verifiers {
             let path = &verifier.certificate;
             let pem = fs::read(path).map_err(|error| IdentityError::File { path: path.clone(), error })?;
             let bad = |why: String| IdentityError::Content { path: path.clone(), why };
             let certificate = CertificateDer::from_pem_slice(&pem).map_err(|e| bad(e.to_string()))?;
-            known.push((verifier.name.clone(), certificate.to_vec()));
+            pinned.push((verifier.name.clone(), certificate.to_vec()));
             roots.add(certificate).map_err(|e| bad(e.to_string()))?;
         }
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        let mut members = Vec::new();
+        for membership in memberships {
+            let mut alone = RootCertStore::empty();
+            alone.add(membership.authority.clone()).map_err(|e| tls(&e))?;
+            roots.add(membership.authority.clone()).map_err(|e| tls(&e))?;
+            let authority = alone.subjects().pop().ok_or_else(|| tls(&"an authority without a name"))?.as_ref().to_vec();
+            members.push(Member {
+                name: membership.name.clone(),
+                authority,
+                clients: clients(alone)?,
+                shown: RwLock::new(certified(&membership.certificate, &membership.key)?),
+            });
+        }
+        let trust = Arc::new(Trust { own: certified(&self.certificate, &self.key)?, pinned, members });
+        let all = clients(roots)?;
+        let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|e| tls(&e))?;
-        let clients =
-            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().map_err(|e| tls(&e))?;
-        let mut config = builder
-            .with_client_cert_verifier(clients)
-            .with_single_cert(vec![self.certificate.clone()], self.key.clone_key())
-            .map_err(|e| tls(&e))?;
+            .map_err(|e| tls(&e))?
+            .with_client_cert_verifier(all)
+            .with_cert_resolver(Arc::clone(&trust) as _);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok((Arc::new(config), known))
+        Ok((Arc::new(config), trust))
     }
 }
 

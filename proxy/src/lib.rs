@@ -12,6 +12,7 @@ pub mod guest;
 pub mod identity;
 pub mod intercept;
 pub mod inventory;
+pub mod join;
 pub mod launch;
 pub mod log;
 pub mod measure;

@@ -5,6 +5,7 @@ use std::{ffi::OsString, io, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use onequote_evidence::join::JoinToken;
 use onequote_proxy::{
     app,
     cli::{
@@ -12,6 +13,7 @@ use onequote_proxy::{
         print_status, retry_vm,
     },
     config::Config,
+    join::Wish,
     launch::{Description, HostVsock, Launch, VsockWish, host_has_vsock, taken_cids},
     measure,
     tpm::silence_tss_log,
@@ -44,6 +46,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             println!("certificate     {}\nattestation key {}", certificate.display(), ak.display());
             Ok(())
         }
+        Command::Join { url, token_file, token, name, own_url } => {
+            let token = read_token(token_file.as_deref(), token)?;
+            let done = runtime()?.block_on(app::join(&config, Wish { url, token, name, own_url }))?;
+            let software = if done.certified.software_tpm { "; its TPM is SOFTWARE: no root of trust" } else { "" };
+            println!("joined {} as {}{software}", done.name, done.certified.host);
+            Ok(())
+        }
         Command::Run => Ok(runtime()?.block_on(app::run(config))?),
         Command::Launch { name, dry_run, file, qemu } => start_vm(&config, name, dry_run, file.as_deref(), qemu),
         Command::Measure { .. } => Ok(()),
@@ -74,6 +83,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(ignore_closed_pipe(exported)?)
         }
     }
+}
+
+/// The token, from a file, from standard input, or as it is.
+fn read_token(file: Option<&Path>, token: Option<String>) -> anyhow::Result<JoinToken> {
+    let stdin = file.is_some_and(|file| file == Path::new("-")) || token.as_deref() == Some("-");
+    let text = match (file, token) {
+        _ if stdin => io::read_to_string(io::stdin().lock()).context("standard input")?,
+        (Some(file), _) => std::fs::read_to_string(file).with_context(|| file.display().to_string())?,
+        (None, token) => token.unwrap_or_default(),
+    };
+    Ok(text.trim().parse()?)
 }
 
 fn start_vm(

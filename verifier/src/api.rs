@@ -36,7 +36,7 @@ use crate::{
     policy::Policy,
     result,
     round::{Fault, Verifier, faulty},
-    store::{Store, StoreError},
+    store::{Store, StoreError, enrol::EnrolStore},
 };
 
 /// How often the list of enrolled hosts is read again.
@@ -65,7 +65,7 @@ pub struct Line {
     pub vms: BTreeMap<result::State, u64>,
 }
 
-impl<S: Store> Server<S> {
+impl<S: EnrolStore> Server<S> {
     /// Asks each host every `period`.
     #[must_use]
     pub fn new(verifier: Verifier<S>, period: Duration) -> Arc<Self> {
@@ -170,7 +170,7 @@ impl Drop for AbortOnDrop {
 
 type Shared<S> = State<Arc<Server<S>>>;
 
-fn router<S: Store>(server: Arc<Server<S>>) -> Router {
+fn router<S: EnrolStore>(server: Arc<Server<S>>) -> Router {
     Router::new()
         .route("/v1/hosts", get(list::<S>))
         .route("/v1/hosts/{id}", get(show::<S>))
@@ -181,7 +181,7 @@ fn router<S: Store>(server: Arc<Server<S>>) -> Router {
         .with_state(server)
 }
 
-async fn list<S: Store>(State(server): Shared<S>) -> Result<Json<Vec<Line>>, ApiError> {
+async fn list<S: EnrolStore>(State(server): Shared<S>) -> Result<Json<Vec<Line>>, ApiError> {
     let mut lines = Vec::new();
     for id in server.verifier.store.hosts().await? {
         let host = server.verifier.store.host(&id).await?;
@@ -201,13 +201,13 @@ async fn list<S: Store>(State(server): Shared<S>) -> Result<Json<Vec<Line>>, Api
     Ok(Json(lines))
 }
 
-async fn show<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
+async fn show<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
     let host = server.verifier.store.host(&host_id(&id)?).await?;
     let verdict = host.verdict.ok_or(ApiError(StatusCode::NOT_FOUND, "the host was not asked yet".into()))?;
     Ok(Json(verdict.at(server.verifier.source.now())))
 }
 
-async fn attest<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
+async fn attest<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
     let id = host_id(&id)?;
     match server.attest(&id).await {
         Ok(verdict) => Ok(Json(verdict)),
@@ -216,11 +216,11 @@ async fn attest<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> R
     }
 }
 
-async fn expectations<S: Store>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<HostTree>, ApiError> {
+async fn expectations<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<HostTree>, ApiError> {
     Ok(Json(tree(&server.verifier.store, &host_id(&id)?).await?))
 }
 
-async fn root<S: Store>(State(server): Shared<S>) -> Result<Json<serde_json::Value>, ApiError> {
+async fn root<S: EnrolStore>(State(server): Shared<S>) -> Result<Json<serde_json::Value>, ApiError> {
     let mut hosts = Vec::new();
     for id in server.verifier.store.hosts().await? {
         hosts.push(tree(&server.verifier.store, &id).await?);
@@ -238,7 +238,7 @@ async fn tree<S: Store>(store: &S, id: &HostId) -> Result<HostTree, ApiError> {
     Ok(HostTree::new(id, &host.state, policy.as_ref()))
 }
 
-async fn health<S: Store>(State(server): Shared<S>) -> Result<&'static str, ApiError> {
+async fn health<S: EnrolStore>(State(server): Shared<S>) -> Result<&'static str, ApiError> {
     server.verifier.store.hosts().await?;
     Ok("ok\n")
 }
@@ -303,7 +303,7 @@ mod tests {
             software_tpm: true,
         };
         store.enrol(&host, false).await.unwrap();
-        let verifier = Verifier { store, identity, source: Arc::new(System), times: Times::default() };
+        let verifier = Verifier { store, identity, authority: None, source: Arc::new(System), times: Times::default() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

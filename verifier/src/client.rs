@@ -1,6 +1,7 @@
 //! Asks a proxy for evidence over mutually authenticated TLS 1.3.
 //!
-//! The proxy's pinned certificate is the only trust anchor, its name must be the host's id. The connection's exporter
+//! The only trust anchor is the proxy's pinned certificate, or our own authority for a host that has joined; the name must
+//! be the host's id. The anchor's name is sent along, so that a proxy of several verifiers knows which one asks. The connection's exporter
 //! value (RFC 9266) is taken before anything is sent and goes into the appraisal: evidence made for another
 //! connection does not fit. One request a connection: `POST /v1/evidence` with `{"nonce": hex}`; the answer is an
 //! evidence stream of bounded size. Every failure says whether the host was not reached, not trusted, or refused.
@@ -11,8 +12,12 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Request, StatusCode, body::Bytes, header};
 use hyper_util::rt::TokioIo;
 use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, DnsName, ServerName},
+    ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    pki_types::{CertificateDer, DnsName, ServerName, UnixTime},
     version::TLS13,
 };
 use tokio::net::TcpStream;
@@ -44,6 +49,8 @@ pub struct Answer {
     pub evidence: Vec<u8>,
     /// The connection's exporter value.
     pub binding: Vec<u8>,
+    /// The certificate that the proxy showed, DER.
+    pub certificate: Vec<u8>,
 }
 
 /// Why there is no answer.
@@ -108,7 +115,7 @@ pub struct Target<'a> {
     pub host: &'a HostId,
     /// Where its proxy listens.
     pub url: &'a str,
-    /// Its proxy's certificate, DER.
+    /// Its proxy's certificate, or the authority that issued it, DER.
     pub certificate: &'a [u8],
 }
 
@@ -126,8 +133,10 @@ pub async fn ask(
         let stream = connect(target, identity).await?;
         let binding = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None);
         let binding = binding.map_err(|e| tls(target.url, std::io::Error::other(e)))?.to_vec();
+        let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let certificate = shown.map(|der| der.to_vec()).unwrap_or_default();
         let evidence = exchange(stream, target, nonce).await?;
-        Ok(Answer { evidence, binding })
+        Ok(Answer { evidence, binding, certificate })
     };
     tokio::time::timeout(timeout, asked).await.map_err(|_| AskError::Timeout(timeout))?
 }
@@ -157,13 +166,64 @@ fn config(pinned: &[u8], identity: &Identity) -> Result<ClientConfig, AskError> 
         .add(CertificateDer::from(pinned.to_vec()))
         .map_err(|e| tls("the pinned certificate", std::io::Error::other(e)))?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let names = roots.subjects();
+    let anchored = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build();
+    let anchored = anchored.map_err(|e| tls("the pinned certificate", std::io::Error::other(e)))?;
     let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&TLS13]);
-    let builder = builder.map_err(AskError::Identity)?.with_root_certificates(roots);
+    let builder = builder.map_err(AskError::Identity)?;
+    // Only adds the anchor's name to what the usual verifier says.
+    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Named { anchored, names }));
     let chain = vec![identity.certificate.clone()];
     let mut config = builder.with_client_auth_cert(chain, identity.key.clone_key()).map_err(AskError::Identity)?;
     // Each round is a handshake of its own: nothing of an earlier connection is reused.
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
+}
+
+/// The usual verification, and the anchors' names for the server to choose its certificate by.
+#[derive(Debug)]
+struct Named {
+    anchored: Arc<WebPkiServerVerifier>,
+    names: Vec<DistinguishedName>,
+}
+
+impl ServerCertVerifier for Named {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.anchored.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.anchored.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.anchored.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.anchored.supported_verify_schemes()
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        Some(&self.names)
+    }
 }
 
 async fn exchange(stream: TlsStream<TcpStream>, target: Target<'_>, nonce: &Nonce) -> Result<Vec<u8>, AskError> {

@@ -402,6 +402,12 @@ codes! {
     ProxyError = "proxy-error", Absence,
         "The host's proxy did not answer with evidence.",
         "Read its answer and the proxy's log on the host.";
+    HostWithdrawn = "host-withdrawn", Policy,
+        "The host was revoked or retired by the operator: it is not asked, and nothing of it counts.",
+        "If it should come back, make a token with token create --replace and let it join.";
+    CertificateRevoked = "certificate-revoked", Policy,
+        "The host's proxy showed a certificate that was taken back, or that was issued to another attestation key.",
+        "See the audit log for who joined under this name; if it was the host, restart its proxy.";
     VerifierFault = "verifier-fault", Absence,
         "The verifier itself failed; this says nothing about the host.",
         "Read the verifier's log.";

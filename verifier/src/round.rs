@@ -12,12 +12,15 @@ use crate::{
     appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness},
     challenge,
     client::{self, Target},
-    enrol::Identity,
+    enrol::{EnrolError, Identity, authority::Authority, serial},
     finding::{Code, Finding},
     policy::{Policy, PolicyError},
     result::Verdict,
     source::Source,
-    store::{Host, NonceUse, Store, StoreError},
+    store::{
+        Host, NonceUse, StoreError,
+        enrol::{EnrolStore, Standing},
+    },
 };
 
 /// How often a round begins again.
@@ -42,8 +45,10 @@ impl Default for Times {
 pub struct Verifier<S> {
     /// Where everything is kept.
     pub store: S,
-    /// Its own certificate.
+    /// Its own certificate, which proxies of hosts that were enrolled by hand know.
     pub identity: Identity,
+    /// What vouches for it and for hosts that have joined; none where no host can join.
+    pub authority: Option<Arc<Authority>>,
     /// Time and randomness.
     pub source: Arc<dyn Source>,
     /// How long things hold.
@@ -83,12 +88,20 @@ pub enum Fault {
         /// Why.
         source: onequote_evidence::Malformed,
     },
+    /// The authority that vouches for us is gone or unusable.
+    #[error("the verifier's own authority cannot be used, which host {host} joined under")]
+    Authority {
+        /// The host.
+        host: HostId,
+        /// Why.
+        source: Option<EnrolError>,
+    },
     /// Others were always faster.
     #[error("host {0} is attested by too many at once; try again")]
     Busy(HostId),
 }
 
-impl<S: Store> Verifier<S> {
+impl<S: EnrolStore> Verifier<S> {
     /// Attests a host.
     ///
     /// # Errors
@@ -118,12 +131,19 @@ impl<S: Store> Verifier<S> {
     async fn try_attest(&self, host: &Host, facts: bool) -> Result<Option<Round>, Fault> {
         let enrolled = &host.enrolment;
         let id = &enrolled.id;
+        if host.standing != Standing::Enrolled {
+            let finding = Finding::new(Code::HostWithdrawn, id.as_str()).actual(host.standing);
+            let round = self.without_evidence(host, finding, None);
+            return Ok(self.keep(host, round, None).await?);
+        }
         let ak = Public::parse(&enrolled.ak).map_err(|source| Fault::Key { host: id.clone(), source })?;
         let policy = self.policy(host)?;
+        let issued = self.issued_identity(host)?;
         let lifetime = millis(self.times.challenge);
         let challenge = challenge::issue(&self.store, &*self.source, id, lifetime).await?;
         let target = Target { host: id, url: &enrolled.url, certificate: &enrolled.certificate };
-        let answer = client::ask(target, &self.identity, &challenge.nonce, self.times.challenge).await;
+        let identity = issued.as_deref().unwrap_or(&self.identity);
+        let answer = client::ask(target, identity, &challenge.nonce, self.times.challenge).await;
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
@@ -131,6 +151,12 @@ impl<S: Store> Verifier<S> {
                 return Ok(self.keep(host, round, None).await?);
             }
         };
+        if issued.is_some()
+            && let Some(finding) = self.certificate_defect(id, &ak, &answer.certificate).await?
+        {
+            let round = self.without_evidence(host, finding, Some(answer.evidence));
+            return Ok(self.keep(host, round, None).await?);
+        }
         let received = match Received::read(&answer.evidence) {
             Ok(received) => received,
             Err(finding) => {
@@ -163,6 +189,32 @@ impl<S: Store> Verifier<S> {
         let Appraisal { verdict, state, facts } = appraise(&received, &context);
         let round = Round { verdict, evidence: Some(answer.evidence), facts };
         Ok(self.keep(host, round, state).await?)
+    }
+
+    /// The certificate by which a host that has joined knows us.
+    fn issued_identity(&self, host: &Host) -> Result<Option<Arc<Identity>>, Fault> {
+        if !host.joined.issued {
+            return Ok(None);
+        }
+        let fault = |source| Fault::Authority { host: host.enrolment.id.clone(), source };
+        let authority = self.authority.as_ref().ok_or_else(|| fault(None))?;
+        authority.identity().map(Some).map_err(|e| fault(Some(e)))
+    }
+
+    /// Why the certificate that a proxy showed does not count, although our authority issued it to this name.
+    async fn certificate_defect(&self, id: &HostId, ak: &Public, shown: &[u8]) -> Result<Option<Finding>, StoreError> {
+        let known = match serial(shown) {
+            Some(serial) => self.store.certificate(&serial).await?,
+            None => None,
+        };
+        let why = match known {
+            None => "it is not known here",
+            Some(known) if known.revoked => "it was taken back",
+            Some(known) if known.host != *id => "it is another host's",
+            Some(known) if known.ak != ak.name() => "it belongs to another attestation key",
+            Some(_) => return Ok(None),
+        };
+        Ok(Some(Finding::new(Code::CertificateRevoked, "certificate").actual(why)))
     }
 
     fn policy(&self, host: &Host) -> Result<Option<(Policy, u64)>, Fault> {

@@ -32,6 +32,25 @@ pub struct Cli {
 pub enum Command {
     /// Makes the host's identity and attestation key; writes certificate.pem and ak.pub for the verifier.
     Init,
+    /// Joins a verifier with a token of its `token create`. The proxy must not run meanwhile.
+    Join {
+        /// Where the verifier's `serve --enrol-listen` is: https://ADDRESS:PORT.
+        url: String,
+        /// A file with the token; `-` for standard input.
+        #[arg(long, value_name = "FILE", required_unless_present = "token", conflicts_with = "token")]
+        token_file: Option<PathBuf>,
+        /// The token itself; `-` for standard input. Everybody on this machine can read a command line: only for trying
+        /// things out.
+        #[arg(long)]
+        token: Option<String>,
+        /// The verifier's name in our log; its address when absent.
+        #[arg(long)]
+        name: Option<String>,
+        /// Where verifiers reach this proxy: https://ADDRESS:PORT. When absent, the address that the verifier sees, and the
+        /// port of `listen`.
+        #[arg(long, value_name = "URL")]
+        own_url: Option<String>,
+    },
     /// Watches VMs, measures, answers verifiers; until it is told to end.
     Run,
     /// Starts a VM that the running proxy measures before it runs: by its description, or by QEMU's arguments.

@@ -22,7 +22,10 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::patience::Patience;
-use crate::rate::{Kind, limited};
+use crate::{
+    identity::Trust,
+    rate::{Kind, limited},
+};
 
 /// Time for a handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -128,21 +131,21 @@ pub struct TlsListener {
 }
 
 impl TlsListener {
-    /// Listens. `known` are the verifiers' names and certificates (DER).
+    /// Listens for the verifiers that `known` lets in.
     ///
     /// # Errors
     /// When the address cannot be bound; the message names it.
     pub async fn bind(
         address: SocketAddr,
         config: Arc<ServerConfig>,
-        known: Vec<(String, Vec<u8>)>,
+        known: Arc<Trust>,
     ) -> io::Result<Self> {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}")))?;
         let address = listener.local_addr()?;
         let (done, ready) = mpsc::channel(16);
-        tokio::spawn(accept(listener, TlsAcceptor::from(config), Arc::new(known), done));
+        tokio::spawn(accept(listener, TlsAcceptor::from(config), known, done));
         Ok(Self { ready, address })
     }
 
@@ -156,7 +159,7 @@ impl TlsListener {
 async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
-    known: Arc<Vec<(String, Vec<u8>)>>,
+    known: Arc<Trust>,
     done: mpsc::Sender<(Connection, Peer)>,
 ) {
     let slots = Arc::new(Semaphore::new(HANDSHAKES));
@@ -206,13 +209,13 @@ async fn accept(
     }
 }
 
-fn peer(stream: &TlsStream<TcpStream>, address: SocketAddr, known: &[(String, Vec<u8>)]) -> Option<Peer> {
+fn peer(stream: &TlsStream<TcpStream>, address: SocketAddr, known: &Trust) -> Option<Peer> {
     let (_, connection) = stream.get_ref();
     let certificate = connection.peer_certificates()?.first()?;
-    // The handshake has checked that the client's certificate leads to a pinned one; here it must be one.
-    let (name, _) = known.iter().find(|(_, der)| der.as_slice() == certificate.as_ref())?;
+    // The handshake has checked that the client's certificate leads to one that we know; here it must be a verifier's.
+    let name = known.verifier(certificate)?;
     let binding = connection.export_keying_material([0; 32], EXPORTER_LABEL, None).ok()?;
-    Some(Peer { verifier: name.as_str().into(), binding: binding.to_vec(), address })
+    Some(Peer { verifier: name.into(), binding: binding.to_vec(), address })
 }
 
 impl Listener for TlsListener {

@@ -11,18 +11,18 @@ use std::{
 use onequote_evidence::{id::HostId, stream::Head, tpm::Public};
 use tokio::net::TcpListener;
 
-use super::{Cli, Command, Enrol, Verify, export, firmware, policy, table};
+use super::{Cli, Command, Enrol, Serve, Verify, export, firmware, policy, table};
 use crate::{
     api::Server,
     appraise::{Context, Received, appraise, freshness::Freshness, state::HostState},
-    enrol::{self, EnrolError, Identity},
+    enrol::{self, EnrolError, Identity, authority::Authority},
     expectation::{self, HostTree, VmTree},
     finding::Code,
     policy::{Policy, PolicyError, tree::TreeError},
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
     source::{Source, System},
-    store::{Store, StoreError, sqlite::Sqlite},
+    store::{Store, StoreError, enrol::Standing, sqlite::Sqlite},
 };
 
 const DATABASE: &str = "verifier.sqlite";
@@ -94,7 +94,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
             say(&format!("{}\n", path.display()))?;
         }
         Command::Enrol(args) => enrol_host(&state, args).await?,
-        Command::Remove { host } => open(&state).await?.remove(&host).await?,
+        Command::Remove { host } => {
+            let store = open(&state).await?;
+            store.remove(&host).await?;
+            super::enrol::audit(&store, "remove", Some(&host), "").await?;
+        }
         Command::Hosts { json } => hosts(&open(&state).await?, json).await?,
         Command::Attest { host, json, save, timeout } => {
             let times = Times { challenge: Duration::from_secs(timeout), ..Times::default() };
@@ -108,20 +112,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Verify(args) => return verify(&state, args).await,
         Command::FirmwareLog { file, bank } => firmware::show(&file, bank)?,
         Command::Policy(command) => policy::run(&state, command).await?,
-        Command::Serve { listen, period, lifetime } => {
-            let period = Duration::from_secs(period);
-            let times = Times { verdict: lifetime.map_or(period * 3, Duration::from_secs), ..Times::default() };
-            let fail = |source| CliError::Listen { address: listen.to_string(), source };
-            let server = Server::new(verifier(&state, times).await?, period);
-            let listener = TcpListener::bind(listen).await.map_err(fail)?;
-            let address = listener.local_addr().map_err(fail)?;
-            write(&state.join(ADDRESS_FILE), address.to_string().as_bytes())?;
-            tracing::info!(%address, "serving");
-            if !address.ip().is_loopback() {
-                tracing::warn!("whoever reaches {address} can read all verdicts: there is no authentication");
-            }
-            server.run(listener, stop_signal()).await?;
-        }
+        Command::Token(command) => super::enrol::token(&state, command).await?,
+        Command::Revoke { host } => super::enrol::withdraw(&state, &host, Standing::Revoked).await?,
+        Command::Retire { host } => super::enrol::withdraw(&state, &host, Standing::Retired).await?,
+        Command::Audit { last, json } => super::enrol::show_audit(&state, last, json).await?,
+        Command::Serve(args) => serve(&state, args).await?,
         Command::Expectations { host, vm, json } => {
             expectations(&open(&state).await?, host, vm.as_deref(), json).await?;
         }
@@ -134,6 +129,34 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
         }
     }
     Ok(done)
+}
+
+async fn serve(state: &Path, args: Serve) -> Result<(), CliError> {
+    let Serve { listen, period, lifetime, door } = args;
+    let period = Duration::from_secs(period);
+    let times = Times { verdict: lifetime.map_or(period * 3, Duration::from_secs), ..Times::default() };
+    let fail = |source| CliError::Listen { address: listen.to_string(), source };
+    // One authority for both doors: made now if hosts are to join.
+    if door.enrol_listen.is_some() {
+        Authority::open(state, Arc::new(System))?;
+    }
+    let verifier = verifier(state, times).await?;
+    let authority = verifier.authority.clone();
+    let server = Server::new(verifier, period);
+    let listener = TcpListener::bind(listen).await.map_err(fail)?;
+    let address = listener.local_addr().map_err(fail)?;
+    let hosts = super::enrol::serve_hosts(state, door, authority, stop_signal());
+    let asked = async {
+        write(&state.join(ADDRESS_FILE), address.to_string().as_bytes())?;
+        tracing::info!(%address, "serving");
+        if !address.ip().is_loopback() {
+            tracing::warn!("whoever reaches {address} can read all verdicts: there is no authentication");
+        }
+        Ok::<_, CliError>(server.run(listener, stop_signal()).await?)
+    };
+    // Both end when they are told to, or the first of them that fails ends all.
+    tokio::try_join!(hosts, asked)?;
+    Ok(())
 }
 
 async fn stop_signal() {
@@ -158,6 +181,8 @@ async fn enrol_host(state: &Path, args: Enrol) -> Result<(), CliError> {
     let policy = policy.map(|path| Policy::load(&path)).transpose()?;
     let store = open(state).await?;
     store.enrol(&enrolment, replace).await?;
+    let detail = if replace { "by hand, in place of what was there" } else { "by hand" };
+    super::enrol::audit(&store, "enrol", Some(&host), detail).await?;
     if let Some((_, text)) = policy {
         store.set_policy(&host, &text, System.now()).await?;
     }
@@ -178,6 +203,9 @@ async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
                     "id": host.enrolment.id,
                     "url": host.enrolment.url,
                     "software_tpm": host.enrolment.software_tpm,
+                    "standing": host.standing,
+                    "joined": host.joined.issued,
+                    "vouched": host.joined.vouched,
                     "policy": host.policy.as_ref().map(|(version, _)| version),
                     "state": host.verdict.as_ref().map(|v| v.host.state),
                     "vms": host.verdict.as_ref().map(|v| v.vms.len()),
@@ -298,7 +326,8 @@ pub(super) async fn open(state: &Path) -> Result<Sqlite, CliError> {
 
 pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Sqlite>, CliError> {
     let identity = Identity::load(state)?;
-    Ok(Verifier { store: open(state).await?, identity, source: Arc::new(System), times })
+    let authority = Authority::load(state, Arc::new(System))?.map(Arc::new);
+    Ok(Verifier { store: open(state).await?, identity, authority, source: Arc::new(System), times })
 }
 
 fn exit_code(verdict: &Verdict) -> ExitCode {

@@ -4,6 +4,7 @@
 //! call or a fault of the verifier itself, 3 when the host could not be reached.
 
 mod commands;
+mod enrol;
 mod export;
 mod firmware;
 mod policy;
@@ -19,6 +20,7 @@ use onequote_evidence::{
 };
 
 pub use commands::{CliError, run};
+pub use enrol::{CreateToken, DoorArgs, TokenCommand};
 pub use policy::PolicyCommand;
 
 /// Appraises hosts and their VMs by one TPM quote.
@@ -41,6 +43,28 @@ pub enum Command {
     Init,
     /// Enrol a host, or with --replace give an enrolled one another key, certificate or URL
     Enrol(Enrol),
+    /// Make tokens with which hosts join by themselves, at a running serve --enrol-listen
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Believe nothing of a host any more, and let its TPM not come back under another name
+    Revoke {
+        /// The host
+        host: HostId,
+    },
+    /// End a host for good; its TPM may become another one
+    Retire {
+        /// The host
+        host: HostId,
+    },
+    /// Show who joined, was refused, renewed, was withdrawn, and by whom
+    Audit {
+        /// The last this many lines
+        #[arg(long, default_value_t = 1000)]
+        last: u32,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Forget a host, its policies and its state
     Remove {
         /// The host
@@ -91,19 +115,26 @@ pub enum Command {
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// Ask all enrolled hosts again and again, and show the verdicts as JSON over HTTP
-    Serve {
-        /// Where to listen; port 0 takes a free one. The address is written to STATE/serve.addr
-        #[arg(long, default_value = "127.0.0.1:20306")]
-        listen: SocketAddr,
-        /// Seconds between two rounds of a host
-        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
-        period: u64,
-        /// Seconds that a verdict holds; three periods unless given
-        #[arg(long)]
-        lifetime: Option<u64>,
-    },
+    Serve(Serve),
     /// List all finding codes with what they mean and what to do, as Markdown
     Codes,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Where to listen; port 0 takes a free one. The address is written to STATE/serve.addr
+    #[arg(long, default_value = "127.0.0.1:20306")]
+    pub listen: SocketAddr,
+    /// Seconds between two rounds of a host
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub period: u64,
+    /// Seconds that a verdict holds; three periods unless given
+    #[arg(long)]
+    pub lifetime: Option<u64>,
+    /// Hosts that join
+    #[command(flatten)]
+    pub door: DoorArgs,
 }
 
 /// Arguments of `enrol`.

@@ -15,7 +15,10 @@ use crate::{
     expectation::{Expected, HostTree},
     finding::Finding,
     result::Verdict,
-    store::Host,
+    store::{
+        Host,
+        enrol::{AuditEntry, Standing},
+    },
 };
 
 /// A verdict.
@@ -130,11 +133,35 @@ pub(super) fn hosts(hosts: &[Host]) -> String {
         let verdict = host.verdict.as_ref();
         table.add_row([
             host.enrolment.id.to_string(),
-            verdict.map_or_else(|| "never asked".to_owned(), |v| v.host.state.to_string()),
+            match host.standing {
+                Standing::Enrolled => verdict.map_or_else(|| "never asked".to_owned(), |v| v.host.state.to_string()),
+                withdrawn => withdrawn.to_string(),
+            },
             verdict.map_or_else(String::new, |v| v.vms.len().to_string()),
             host.policy.as_ref().map_or_else(|| "none".to_owned(), |(version, _)| version.to_string()),
             if host.enrolment.software_tpm { "software".to_owned() } else { "device".to_owned() },
             host.enrolment.url.clone(),
+        ]);
+    }
+    format!("{table}\n")
+}
+
+/// The audit log. Details can be chosen by whoever asks to join.
+pub(super) fn audit(entries: &[AuditEntry]) -> String {
+    if entries.is_empty() {
+        return "Nothing was done yet.\n".to_owned();
+    }
+    let mut table = new_table();
+    table.set_header(["time", "who", "what", "host", "result", "detail"]);
+    for entry in entries {
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_millis(entry.time.0);
+        table.add_row([
+            humantime::format_rfc3339_seconds(time).to_string(),
+            printable(&entry.who),
+            entry.what.clone(),
+            entry.host.as_ref().map_or_else(String::new, ToString::to_string),
+            entry.result.clone(),
+            printable(&entry.detail),
         ]);
     }
     format!("{table}\n")

@@ -177,6 +177,7 @@ async fn verifier(dir: &Path, world: &World, url: String, certificate: Vec<u8>) 
     Verifier {
         store,
         identity: Identity::load(dir).unwrap(),
+        authority: None,
         source: Arc::new(Still::default()),
         times: Times::default(),
     }

@@ -120,14 +120,7 @@ impl Identity {
         let (certificate, key) = self_signed(SUBJECT).map_err(|source| EnrolError::Certificate { source })?;
         let path = state.join(CERTIFICATE_FILE);
         fs::write(&path, &certificate).map_err(file("cannot write", &path))?;
-        let mut out = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&identity)
-            .map_err(file("cannot write", &identity))?;
-        let written = out.write_all(format!("{key}{certificate}").as_bytes()).and_then(|()| out.sync_all());
-        written.map_err(file("cannot write", &identity))?;
+        write_private(&identity, format!("{key}{certificate}").as_bytes())?;
         Ok(path)
     }
 
@@ -194,7 +187,14 @@ pub fn read_ak(path: &Path) -> Result<(Vec<u8>, Public), EnrolError> {
     Ok((bytes, public))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, EnrolError> {
+/// Makes a file that only its owner reads; it must not be there yet.
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), EnrolError> {
+    let open = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    let written = open.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    written.map_err(|source| EnrolError::File { doing: "cannot write", path: path.to_owned(), source })
+}
+
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, EnrolError> {
     fs::read(path).map_err(|source| EnrolError::File { doing: "cannot read", path: path.to_owned(), source })
 }
 

@@ -192,6 +192,11 @@ impl Certificate {
         Ok(model)
     }
 
+    /// The serial number as it is encoded.
+    pub(super) fn serial(&self) -> &[u8] {
+        self.tbs.serial_number().as_bytes()
+    }
+
     /// Whether `now` is in its time.
     pub(super) fn is_valid_at(&self, now: TimeMs) -> bool {
         let millis = |time: x509_cert::time::Time| time.to_unix_duration().as_millis();

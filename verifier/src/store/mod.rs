@@ -4,6 +4,7 @@
 //! state is conditional on its version: whoever appraised against a state that was renewed meanwhile begins again,
 //! so that two verifier processes on one database never take an older state for the newer.
 
+pub mod enrol;
 pub mod sqlite;
 
 use std::future::Future;
@@ -40,6 +41,10 @@ pub struct Host {
     pub version: u64,
     /// The last verdict.
     pub verdict: Option<Verdict>,
+    /// Where it stands with the operator.
+    pub standing: enrol::Standing,
+    /// How it joined, if it did.
+    pub joined: enrol::Joined,
 }
 
 /// What a nonce is when an answer comes.

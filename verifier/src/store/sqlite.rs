@@ -4,6 +4,8 @@
 //! lost then is the newest state and challenges. An answer to a lost challenge is refused, and a state that is a
 //! little older takes in the same log again.
 
+mod enrol;
+
 use std::{path::Path, time::Duration};
 
 use sqlx::{
@@ -17,7 +19,9 @@ use super::{Enrolment, Host, NonceUse, Store, StoreError};
 use crate::{appraise::state::HostState, result::Verdict};
 
 /// One step a version; the database's `user_version` counts the steps taken.
-const MIGRATIONS: &[&str] = &["CREATE TABLE host (
+const MIGRATIONS: &[&str] = &[FIRST, ENROLMENT];
+
+const FIRST: &str = "CREATE TABLE host (
         id TEXT PRIMARY KEY, url TEXT NOT NULL, ak BLOB NOT NULL, certificate BLOB NOT NULL,
         software_tpm INTEGER NOT NULL, policy INTEGER, state TEXT, version INTEGER NOT NULL, verdict TEXT
     ) STRICT;
@@ -29,7 +33,30 @@ const MIGRATIONS: &[&str] = &["CREATE TABLE host (
         nonce BLOB PRIMARY KEY, host TEXT NOT NULL REFERENCES host (id) ON DELETE CASCADE,
         issued INTEGER NOT NULL, expires INTEGER NOT NULL, answered INTEGER
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX nonce_expires ON nonce (expires);"];
+    CREATE INDEX nonce_expires ON nonce (expires);";
+
+/// Joining: an endorsement key is one host's, unless that is retired.
+const ENROLMENT: &str = "ALTER TABLE host ADD COLUMN ek BLOB;
+    ALTER TABLE host ADD COLUMN vouched TEXT;
+    ALTER TABLE host ADD COLUMN issued INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE host ADD COLUMN url_fixed INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE host ADD COLUMN standing TEXT NOT NULL DEFAULT 'enrolled'
+        CHECK (standing IN ('enrolled', 'revoked', 'retired'));
+    CREATE UNIQUE INDEX host_ek ON host (ek) WHERE standing <> 'retired';
+    CREATE TABLE token (
+        id TEXT PRIMARY KEY, secret BLOB NOT NULL, host TEXT, \"replace\" INTEGER NOT NULL,
+        software_tpm INTEGER NOT NULL, url TEXT, created INTEGER NOT NULL, expires INTEGER NOT NULL,
+        uses INTEGER NOT NULL CHECK (uses >= 0)
+    ) STRICT;
+    CREATE TABLE certificate (
+        serial BLOB PRIMARY KEY, host TEXT NOT NULL REFERENCES host (id) ON DELETE CASCADE, ak BLOB NOT NULL,
+        expires INTEGER NOT NULL, revoked INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX certificate_host ON certificate (host);
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL,
+        host TEXT, result TEXT NOT NULL, detail TEXT NOT NULL
+    ) STRICT;";
 
 /// The store.
 #[derive(Debug, Clone)]
@@ -82,7 +109,8 @@ impl Store for Sqlite {
             "INSERT INTO host (id, url, ak, certificate, software_tpm, version) VALUES (?1, ?2, ?3, ?4, ?5, 1)
              ON CONFLICT (id) DO UPDATE SET
                 url = ?2, certificate = ?4, software_tpm = ?5, version = version + 1,
-                state = CASE WHEN ak = ?3 THEN state END, verdict = CASE WHEN ak = ?3 THEN verdict END, ak = ?3"
+                state = CASE WHEN ak = ?3 THEN state END, verdict = CASE WHEN ak = ?3 THEN verdict END, ak = ?3,
+                ek = NULL, vouched = NULL, issued = 0, url_fixed = 0, standing = 'enrolled'"
         } else {
             "INSERT INTO host (id, url, ak, certificate, software_tpm, version) VALUES (?1, ?2, ?3, ?4, ?5, 1)
              ON CONFLICT (id) DO UPDATE SET url = ?2, software_tpm = ?5, version = version + 1
@@ -111,6 +139,7 @@ impl Store for Sqlite {
 
     async fn host(&self, id: &HostId) -> Result<Host, StoreError> {
         let sql = "SELECT h.id, url, ak, certificate, software_tpm, state, h.version, verdict,
+                standing, ek, vouched, issued, url_fixed,
                 p.version AS policy_version, p.text AS policy
             FROM host h LEFT JOIN policy p ON p.host = h.id AND p.version = h.policy WHERE h.id = ?";
         let row = sqlx::query(sql).bind(id.as_str()).fetch_optional(&self.pool).await;
@@ -133,6 +162,8 @@ impl Store for Sqlite {
             state: state.transpose()?.unwrap_or_default(),
             version: row.get::<i64, _>("version").unsigned_abs(),
             verdict: verdict.transpose()?,
+            standing: enrol::standing(&row),
+            joined: enrol::joined(&row),
         })
     }
 
