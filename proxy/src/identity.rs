@@ -21,9 +21,7 @@ use rustls::{
     RootCertStore, ServerConfig,
     client::verify_server_name,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
-    server::{
-        ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier,
-    },
+    server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier},
     sign::CertifiedKey,
 };
 
@@ -196,7 +194,8 @@ impl Identity {
             let mut alone = RootCertStore::empty();
             alone.add(membership.authority.clone()).map_err(|e| tls(&e))?;
             roots.add(membership.authority.clone()).map_err(|e| tls(&e))?;
-            let authority = alone.subjects().pop().ok_or_else(|| tls(&"an authority without a name"))?.as_ref().to_vec();
+            let authority =
+                alone.subjects().pop().ok_or_else(|| tls(&"an authority without a name"))?.as_ref().to_vec();
             members.push(Member {
                 name: membership.name.clone(),
                 authority,

@@ -201,13 +201,19 @@ async fn list<S: EnrolStore>(State(server): Shared<S>) -> Result<Json<Vec<Line>>
     Ok(Json(lines))
 }
 
-async fn show<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
+async fn show<S: EnrolStore>(
+    State(server): Shared<S>,
+    Path(id): Path<String>,
+) -> Result<Json<result::Verdict>, ApiError> {
     let host = server.verifier.store.host(&host_id(&id)?).await?;
     let verdict = host.verdict.ok_or(ApiError(StatusCode::NOT_FOUND, "the host was not asked yet".into()))?;
     Ok(Json(verdict.at(server.verifier.source.now())))
 }
 
-async fn attest<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<result::Verdict>, ApiError> {
+async fn attest<S: EnrolStore>(
+    State(server): Shared<S>,
+    Path(id): Path<String>,
+) -> Result<Json<result::Verdict>, ApiError> {
     let id = host_id(&id)?;
     match server.attest(&id).await {
         Ok(verdict) => Ok(Json(verdict)),
@@ -216,7 +222,10 @@ async fn attest<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>)
     }
 }
 
-async fn expectations<S: EnrolStore>(State(server): Shared<S>, Path(id): Path<String>) -> Result<Json<HostTree>, ApiError> {
+async fn expectations<S: EnrolStore>(
+    State(server): Shared<S>,
+    Path(id): Path<String>,
+) -> Result<Json<HostTree>, ApiError> {
     Ok(Json(tree(&server.verifier.store, &host_id(&id)?).await?))
 }
 

@@ -28,6 +28,7 @@ const NEEDS: &[(Probe, &str)] = &[
     (Probe::Program("qemu-img"), "qemu-utils"),
     (Probe::File("/usr/share/OVMF/OVMF_CODE_4M.fd"), "ovmf"),
     (Probe::Program("swtpm"), "swtpm"),
+    (Probe::Program("swtpm_setup"), "swtpm-tools"),
     (Probe::Shared("libtss2-tcti-swtpm.so.0"), "libtss2-tcti-swtpm0"),
     (Probe::Program("pkg-config"), "pkg-config"),
     (Probe::Library("tss2-esys"), "libtss2-dev"),

@@ -40,10 +40,7 @@ pub(super) enum Known<'a> {
     /// The hash of its authority's key.
     Pin(Sha256),
     /// Its authority's certificate, and our own certificate and key.
-    Authority {
-        authority: &'a CertificateDer<'static>,
-        own: (CertificateDer<'static>, PrivateKeyDer<'static>),
-    },
+    Authority { authority: &'a CertificateDer<'static>, own: (CertificateDer<'static>, PrivateKeyDer<'static>) },
 }
 
 /// A connection.
@@ -139,8 +136,7 @@ fn broken(e: hyper::Error) -> JoinError {
 
 fn config(known: Known<'_>) -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder =
-        ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&TLS13])?;
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&TLS13])?;
     let mut config = match known {
         Known::Pin(pin) => builder
             .dangerous()

@@ -112,9 +112,8 @@ impl Keeper {
 }
 
 async fn connect(membership: &RwLock<Membership>) -> Result<Connection, JoinError> {
-    let (url, authority, own) = read(membership, |m| {
-        (m.details.url.clone(), m.authority.clone(), (m.certificate.clone(), m.key.clone_key()))
-    });
+    let (url, authority, own) =
+        read(membership, |m| (m.details.url.clone(), m.authority.clone(), (m.certificate.clone(), m.key.clone_key())));
     Connection::open(&url, Known::Authority { authority: &authority, own }).await
 }
 

@@ -168,9 +168,8 @@ fn check(certified: &Certified, host: &HostId, token: &JoinToken) -> Result<(), 
     }
     let authority = CertificateDer::from(certified.authority.0.clone());
     let parsed = rustls::server::ParsedCertificate::try_from(&authority);
-    let pinned = parsed.is_ok_and(|authority| {
-        onequote_evidence::digest::sha256(&[&authority.subject_public_key_info()]) == token.pin
-    });
+    let pinned = parsed
+        .is_ok_and(|authority| onequote_evidence::digest::sha256(&[&authority.subject_public_key_info()]) == token.pin);
     if !pinned {
         return Err(JoinError::Broken("another authority than the token's".to_owned()));
     }

@@ -135,11 +135,7 @@ impl TlsListener {
     ///
     /// # Errors
     /// When the address cannot be bound; the message names it.
-    pub async fn bind(
-        address: SocketAddr,
-        config: Arc<ServerConfig>,
-        known: Arc<Trust>,
-    ) -> io::Result<Self> {
+    pub async fn bind(address: SocketAddr, config: Arc<ServerConfig>, known: Arc<Trust>) -> io::Result<Self> {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}")))?;

@@ -56,7 +56,7 @@ pub use random::Random;
 pub use relay::{Loss, TpmRelay};
 pub use report::skip;
 pub use tools::python_library;
-pub use tpm::{Tpm, TpmCommand};
+pub use tpm::{Tpm, TpmCommand, authority_certificates};
 pub use verdict::{Judged, Verdict};
 pub use verifier::Run;
 pub use vm::{Vm, VmSpec};

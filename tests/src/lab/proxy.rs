@@ -27,6 +27,8 @@ pub struct ProxySettings {
     pub user: Option<(u32, PathBuf)>,
     /// Another way to the TPM than the world's own.
     pub tcti: Option<String>,
+    /// Further lines of the table `tpm`.
+    pub tpm: String,
     /// Further lines of the table `guest`.
     pub guest: String,
     /// Further tables.
@@ -67,7 +69,8 @@ impl World {
             self.folder().join("run"),
             self.settings.head,
         );
-        text += &format!("\n[tpm]\ntcti = {:?}\n", self.settings.tcti.clone().unwrap_or_else(|| self.tcti()));
+        let tcti = self.settings.tcti.clone().unwrap_or_else(|| self.tcti());
+        text += &format!("\n[tpm]\ntcti = {tcti:?}\n{}", self.settings.tpm);
         // One world's shims must not arrive at another's proxy: AF_VSOCK ports are one space for the whole machine.
         let vsock = self.assets().kernel_vsock();
         text += &format!("\n[guest]\nvsock = {vsock}\nunix = true\n{}", self.settings.guest);

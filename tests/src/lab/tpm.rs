@@ -43,6 +43,16 @@ impl Tpm {
         Ok(Self { folder: folder.to_owned(), process, detached, count })
     }
 
+    /// As [`Self::start`], of a TPM that was manufactured by `swtpm_setup`: it has certificates for its endorsement keys
+    /// (RSA 2048 and P-384) from the local authority in `folder`'s sibling `authority`, see [`Self::authority`].
+    ///
+    /// # Errors
+    /// As [`Self::start`], and the package swtpm-tools is missing.
+    pub fn start_certified(folder: &Path, authority: &Path, detached: bool, count: bool) -> Result<Self> {
+        manufacture(folder, authority)?;
+        Self::start(folder, detached, count)
+    }
+
     /// The TCTI by which the proxy and tpm2-tools reach it.
     #[must_use]
     pub fn tcti(&self) -> String {
@@ -114,6 +124,44 @@ impl Tpm {
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
+}
+
+/// The certificates of an authority for software TPMs: its root, and its issuing one, which comes with no TPM.
+#[must_use]
+pub fn authority_certificates(authority: &Path) -> [PathBuf; 2] {
+    [authority.join("swtpm-localca-rootca-cert.pem"), authority.join("issuercert.pem")]
+}
+
+/// Fills a TPM's state as its maker would.
+fn manufacture(folder: &Path, authority: &Path) -> Result<()> {
+    for path in [&folder.join("state"), authority] {
+        fs::create_dir_all(path)?;
+    }
+    let (shown, options, setup, local) = (
+        authority.display().to_string(),
+        authority.join("options"),
+        authority.join("setup.conf"),
+        authority.join("localca.conf"),
+    );
+    let paths = format!(
+        "statedir = {shown}\nsigningkey = {shown}/signkey.pem\nissuercert = {shown}/issuercert.pem\n\
+         certserial = {shown}/certserial\n"
+    );
+    fs::write(&local, paths)?;
+    fs::write(&options, "--platform-manufacturer Onequote\n--platform-version 1\n--platform-model lab\n")?;
+    let tools = format!(
+        "create_certs_tool = /usr/bin/swtpm_localca\ncreate_certs_tool_config = {}\n\
+         create_certs_tool_options = {}\n",
+        local.display(),
+        options.display()
+    );
+    fs::write(&setup, tools)?;
+    let mut command = Command::new("swtpm_setup");
+    command.args(["--tpm2", "--create-ek-cert", "--not-overwrite", "--tpmstate"]).arg(folder.join("state"));
+    // All banks, as a TPM has them that was not manufactured.
+    command.args(["--pcr-banks", "sha1,sha256,sha384,sha512"]).arg("--config").arg(setup);
+    super::command::output(&mut command).context("is the package swtpm-tools installed?")?;
+    Ok(())
 }
 
 fn spawn(folder: &Path, detached: bool, count: bool, startup: &str) -> Result<Process> {

@@ -160,9 +160,18 @@ impl World {
     /// # Errors
     /// It cannot be started, or does not listen in time.
     pub fn start_serve(&mut self, period: u32) -> Result<()> {
+        self.start_serve_with(period, &[])
+    }
+
+    /// The same with further arguments.
+    ///
+    /// # Errors
+    /// As [`Self::start_serve`].
+    pub fn start_serve_with(&mut self, period: u32, more: &[&str]) -> Result<()> {
         let mut command = Command::new(&self.assets().verifier);
         command.arg("--state").arg(self.verifier_state());
-        command.args(["serve", "--listen", "127.0.0.1:0", "--period", &period.to_string()]);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--period", &period.to_string()]).args(more);
+        let _ = fs::remove_file(self.verifier_state().join("serve.addr"));
         let log = self.folder().join("log/serve.log");
         let mut process = Process::spawn("onequote-verifier serve", &command, &log, self.options.keep)?;
         let address = self.verifier_state().join("serve.addr");
@@ -172,6 +181,61 @@ impl World {
         })?;
         self.serve = Some(process);
         Ok(())
+    }
+
+    /// Ends `serve`.
+    ///
+    /// # Errors
+    /// It does not go.
+    pub fn stop_serve(&mut self) -> Result<()> {
+        let mut serve = self.serve.take().context("the verifier does not serve")?;
+        serve.terminate()?;
+        Ok(())
+    }
+
+    /// Starts `serve` with a door at which hosts join, at this address (port 0 takes a free one). Gives its URL.
+    ///
+    /// # Errors
+    /// As [`Self::start_serve`].
+    pub fn start_door(&mut self, address: &str, more: &[&str]) -> Result<String> {
+        let file = self.verifier_state().join("enrol.addr");
+        let _ = fs::remove_file(&file);
+        let mut arguments = vec!["--enrol-listen", address];
+        arguments.extend(more);
+        self.start_serve_with(3600, &arguments)?;
+        let serve = self.serve.as_mut().context("the verifier does not serve")?;
+        wait::for_true("the door for hosts", Duration::from_secs(60), || {
+            serve.check_alive()?;
+            Ok(fs::metadata(&file).is_ok_and(|data| data.len() > 0))
+        })?;
+        Ok(format!("https://{}", fs::read_to_string(&file)?.trim()))
+    }
+
+    /// Makes a token: `token create` with these arguments.
+    ///
+    /// # Errors
+    /// The verifier refuses.
+    pub fn token(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = vec!["token", "create"];
+        command.extend(arguments);
+        Ok(self.verifier(&command)?.success()?.output.trim().to_owned())
+    }
+
+    /// The audit log.
+    ///
+    /// # Errors
+    /// The verifier does not show it.
+    pub fn audit(&self) -> Result<Vec<Value>> {
+        let log = self.verifier(&["audit", "--json"])?.success()?.json()?;
+        Ok(log.as_array().cloned().unwrap_or_default())
+    }
+
+    /// Whether the audit log says that `what` was asked and ended with `result`.
+    ///
+    /// # Errors
+    /// As [`Self::audit`].
+    pub fn audited(&self, what: &str, result: &str) -> Result<bool> {
+        Ok(self.audit()?.iter().any(|entry| entry["what"] == what && entry["result"] == result))
     }
 
     /// The last verdict on the host, as `serve` shows it.

@@ -24,6 +24,8 @@ pub struct Options {
     pub tcti: Option<String>,
     /// Don't count the TPM's commands: for benches.
     pub no_count: bool,
+    /// The software TPM has certificates for its endorsement keys, from the authority in this folder.
+    pub tpm_authority: Option<PathBuf>,
 }
 
 /// A host with its TPM, proxy and VMs, and a verifier.
@@ -74,7 +76,13 @@ impl World {
         }
         let tpm = match options.tcti {
             Some(_) => None,
-            None => Some(Tpm::start(&path.join("tpm"), options.keep, !options.no_count)?),
+            None => {
+                let (folder, count) = (path.join("tpm"), !options.no_count);
+                Some(match &options.tpm_authority {
+                    Some(authority) => Tpm::start_certified(&folder, authority, options.keep, count)?,
+                    None => Tpm::start(&folder, options.keep, count)?,
+                })
+            }
         };
         Ok(Self {
             vms: Vec::new(),

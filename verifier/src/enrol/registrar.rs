@@ -93,9 +93,7 @@ pub enum Refusal {
     #[error("the endorsement key is not vouched for: {0}")]
     EkCertificate(#[from] EkError),
     /// A software TPM.
-    #[error(
-        "the TPM is a program ({0}), and the token is not for one: token create --software-tpm makes one that is"
-    )]
+    #[error("the TPM is a program ({0}), and the token is not for one: token create --software-tpm makes one that is")]
     SoftwareTpm(String),
     /// A credential that cannot be made.
     #[error(transparent)]
@@ -283,7 +281,9 @@ impl<S: EnrolStore> Registrar<S> {
         let certificate = request.ek_certificate.as_ref().map(|certificate| certificate.0.as_slice());
         let chain: Vec<Vec<u8>> = request.ek_chain.iter().map(|der| der.0.clone()).collect();
         match self.settings.roots.check(ek, certificate, &chain, now) {
-            Ok(vouched) => Ok((vouched.software, format!("{}, vouched for by {}", vouched.model.words(), vouched.root))),
+            Ok(vouched) => {
+                Ok((vouched.software, format!("{}, vouched for by {}", vouched.model.words(), vouched.root)))
+            }
             // Nobody vouches for such a TPM: the operator's token must do.
             Err(EkError::Missing) => Ok((true, "no certificate for its endorsement key".to_owned())),
             Err(e) => Err(e.into()),

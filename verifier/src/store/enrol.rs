@@ -216,8 +216,7 @@ pub trait EnrolStore: Store {
     fn move_to(&self, id: &HostId, url: &str) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Keeps a certificate that was renewed.
-    fn add_certificate(&self, certificate: &IssuedCertificate)
-    -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn add_certificate(&self, certificate: &IssuedCertificate) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// A certificate by its serial number.
     fn certificate(&self, serial: &[u8]) -> impl Future<Output = Result<Option<IssuedCertificate>, StoreError>> + Send;
