@@ -20,7 +20,7 @@ use onequote_evidence::{
         RefuseCause, Role, StopCause,
     },
     firmware::{self, FirmwareLog, Guid, Separator},
-    guest_frame, id, ima, nonce_tree, pcr, record, statement, stream,
+    guest_frame, id, ima, join, nonce_tree, pcr, record, statement, stream,
     tpm::{Attest, KeyParameters, Public, Signature},
 };
 
@@ -176,6 +176,8 @@ fn limits() {
         ("ima::MAX_DATA", ima::MAX_DATA),
         ("ima::MIN_ENTRY", ima::MIN_ENTRY),
         ("ima::MAX_ENTRY", ima::MAX_ENTRY),
+        ("join::MAX_MESSAGE", join::MAX_MESSAGE),
+        ("join::SECRET_SIZE", join::SECRET_SIZE),
         ("nonce_tree::MAX_PATH", nonce_tree::MAX_PATH),
         ("nonce_tree::BINDING_SIZE", nonce_tree::BINDING_SIZE),
         ("pcr::MAX_REGISTERS", pcr::MAX_REGISTERS),

@@ -86,7 +86,7 @@ impl Connection {
         let stream = tokio::time::timeout(REACH, connect).await.map_err(timed_out)??;
         let binding = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None);
         let binding = binding.map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
         let driver = tokio::spawn(async move {
             // The request's own error is reported.
             let _ = connection.await;
@@ -102,7 +102,7 @@ impl Connection {
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| JoinError::Broken(e.to_string()))?;
         let exchange = async {
-            let response = self.sender.send_request(request).await.map_err(broken)?;
+            let response = self.sender.send_request(request).await.map_err(|e| broken(&e))?;
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_MESSAGE).collect().await;
             Ok::<_, JoinError>((status, body.map_err(|e| JoinError::Broken(e.to_string()))?.to_bytes()))
@@ -124,9 +124,9 @@ pub(super) fn message<T: Serialize>(message: &T) -> Result<Vec<u8>, JoinError> {
     serde_json::to_vec(message).map_err(|e| JoinError::Broken(e.to_string()))
 }
 
-fn broken(e: hyper::Error) -> JoinError {
+fn broken(e: &hyper::Error) -> JoinError {
     let mut text = e.to_string();
-    let mut cause = std::error::Error::source(&e);
+    let mut cause = std::error::Error::source(e);
     while let Some(e) = cause {
         text = format!("{text}: {e}");
         cause = e.source();

@@ -66,11 +66,11 @@ impl Membership {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(named(&folder, e)),
+            Err(e) => return Err(named(&folder, &e)),
         };
         let mut all = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|e| named(&folder, e))?;
+            let entry = entry.map_err(|e| named(&folder, &e))?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if is_valid_name(&name) {
                 all.push(Self::read(name, entry.path())?);
@@ -82,12 +82,12 @@ impl Membership {
 
     fn read(name: String, folder: PathBuf) -> io::Result<Self> {
         let details = folder.join("membership.json");
-        let text = fs::read(&details).map_err(|e| named(&details, e))?;
-        let details = serde_json::from_slice(&text).map_err(|e| named(&details, io::Error::other(e)))?;
+        let text = fs::read(&details).map_err(|e| named(&details, &e))?;
+        let details = serde_json::from_slice(&text).map_err(|e| named(&details, &io::Error::other(e)))?;
         let (certificate, key) = identity(&folder)?;
         let authority = folder.join("authority.pem");
-        let pem = fs::read(&authority).map_err(|e| named(&authority, e))?;
-        let authority = CertificateDer::from_pem_slice(&pem).map_err(|e| named(&authority, io::Error::other(e)))?;
+        let pem = fs::read(&authority).map_err(|e| named(&authority, &e))?;
+        let authority = CertificateDer::from_pem_slice(&pem).map_err(|e| named(&authority, &io::Error::other(e)))?;
         Ok(Self { name, details, authority, certificate, key, folder })
     }
 
@@ -130,8 +130,8 @@ fn keep_details(folder: &Path, details: &Details) -> io::Result<()> {
 
 fn identity(folder: &Path) -> io::Result<(CertificateDer<'static>, PrivateKeyDer<'static>)> {
     let path = folder.join("identity.pem");
-    let bytes = fs::read(&path).map_err(|e| named(&path, e))?;
-    let bad = |e| named(&path, io::Error::other(e));
+    let bytes = fs::read(&path).map_err(|e| named(&path, &e))?;
+    let bad = |e| named(&path, &io::Error::other(e));
     let certificate = CertificateDer::from_pem_slice(&bytes).map_err(bad)?;
     Ok((certificate, PrivateKeyDer::from_pem_slice(&bytes).map_err(bad)?))
 }
@@ -150,10 +150,10 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         fs::rename(&new, path)?;
         fs::File::open(path.parent().unwrap_or(path))?.sync_all()
     };
-    write().map_err(|e| named(path, e))
+    write().map_err(|e| named(path, &e))
 }
 
-fn named(path: &Path, e: io::Error) -> io::Error {
+fn named(path: &Path, e: &io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("{}: {e}", path.display()))
 }
 

@@ -20,8 +20,9 @@ use super::{
 };
 use crate::{
     enrol::{
-        api::{self, Door},
+        api,
         authority::Authority,
+        door::Door,
         ek::Roots,
         registrar::{Registrar, Settings},
     },

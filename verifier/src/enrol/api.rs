@@ -1,11 +1,10 @@
-//! Where hosts join: TLS 1.3 with the verifier's own certificate, bounded JSON, a limit on requests.
+//! Where hosts join: bounded JSON behind the [`super::door`], a limit on requests.
 //!
 //! `POST /v1/join`, `/v1/join/prove`, `/v1/renew`, `/v1/renew/prove`, `/v1/here`: see docs/formats.md. Whoever connects
 //! may show a certificate, which must then be one of the authority's; joining needs none.
 
 use std::{
     io,
-    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -13,134 +12,28 @@ use std::{
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Request, State, connect_info::Connected},
+    extract::{ConnectInfo, DefaultBodyLimit, Request, State},
     http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::post,
-    serve::{IncomingStream, Listener},
 };
-use onequote_evidence::join::{EXPORTER_LABEL, MAX_MESSAGE, Refused};
-use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier, version::TLS13};
+use onequote_evidence::join::{MAX_MESSAGE, Refused};
 use serde::Serialize;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
-    time::timeout,
-};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio::time::timeout;
 
 use super::{
-    authority::Authority,
+    door::Door,
     registrar::{Caller, Refusal, Registrar},
 };
 use crate::store::enrol::EnrolStore;
 
-/// Time for a handshake, and for a whole connection: a TPM may take a minute for a key.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-const CONNECTION: Duration = Duration::from_secs(180);
-
-/// Connections at a time.
-const CONNECTIONS: usize = 512;
+/// Time for one request.
+const REQUEST: Duration = Duration::from_secs(60);
 
 /// Requests that are taken at once, and how many a second after that. A renewal has three, a join two.
 const BURST: f64 = 200.0;
 const PER_SECOND: f64 = 50.0;
-
-/// A listener for hosts.
-pub struct Door {
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, Caller)>,
-    address: SocketAddr,
-}
-
-impl Door {
-    /// Listens.
-    ///
-    /// # Errors
-    /// The address cannot be bound, or the authority's certificate cannot be used.
-    pub async fn bind(address: SocketAddr, authority: Arc<Authority>) -> io::Result<Self> {
-        let mut roots = RootCertStore::empty();
-        roots.add(authority.certificate().clone()).map_err(io::Error::other)?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-            .allow_unauthenticated()
-            .build()
-            .map_err(io::Error::other)?;
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&TLS13])
-            .map_err(io::Error::other)?
-            .with_client_cert_verifier(clients)
-            .with_cert_resolver(authority);
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        // Whoever comes back shows its certificate again.
-        config.send_tls13_tickets = 0;
-        let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
-        let (done, ready) = mpsc::channel(16);
-        tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(config)), done));
-        Ok(Self { ready, address })
-    }
-
-    /// The address that it has.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
-
-async fn accept(listener: TcpListener, acceptor: TlsAcceptor, done: mpsc::Sender<(TlsStream<TcpStream>, Caller)>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let (stream, address) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(e) => {
-                tracing::warn!("cannot accept a host's connection: {e}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let _ = stream.set_nodelay(true);
-        let (acceptor, done) = (acceptor.clone(), done.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let stream = match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(e)) => return tracing::debug!(%address, "a host's TLS handshake failed: {e}"),
-                Err(_) => return tracing::debug!(%address, "a host's TLS handshake took too long"),
-            };
-            let connection = stream.get_ref().1;
-            let Ok(binding) = connection.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
-            let certificate = connection.peer_certificates().and_then(|chain| chain.first()).map(|der| der.to_vec());
-            let caller = Caller { address, binding: binding.to_vec(), certificate };
-            // When nobody takes it, the verifier is ending.
-            let _ = done.send((stream, caller)).await;
-        });
-    }
-}
-
-impl Listener for Door {
-    type Io = TlsStream<TcpStream>;
-    type Addr = Caller;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        match self.ready.recv().await {
-            Some(accepted) => accepted,
-            // The accepting task never ends before its receiver does.
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        Ok(Caller { address: self.address, binding: Vec::new(), certificate: None })
-    }
-}
-
-impl Connected<IncomingStream<'_, Door>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
-        stream.remote_addr().clone()
-    }
-}
 
 /// A bucket of requests.
 #[derive(Debug)]
@@ -178,7 +71,7 @@ pub async fn serve<S: EnrolStore>(
         async move {
             match allowed {
                 // Nothing takes longer: a client that sends its request drop by drop is let go.
-                true => timeout(CONNECTION, next.run(request)).await.unwrap_or_else(|_| refused(&Refusal::Busy)),
+                true => timeout(REQUEST, next.run(request)).await.unwrap_or_else(|_| refused(&Refusal::Busy)),
                 false => refused(&Refusal::Busy),
             }
         }

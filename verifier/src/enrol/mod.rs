@@ -3,11 +3,12 @@
 //! - [`hand`]: the operator names a host, its key, its proxy's certificate and its address. Needs no network.
 //! - [`ek`], [`credential`]: a TPM's endorsement key is checked, and a secret made that only this TPM can open.
 //! - [`authority`]: the verifier's own certificate authority.
-//! - [`registrar`], [`api`]: hosts join with a token, and renew their certificates.
+//! - [`registrar`], [`api`], [`door`]: hosts join with a token, and renew their certificates.
 
 pub mod api;
 pub mod authority;
 pub mod credential;
+pub mod door;
 pub mod ek;
 pub mod hand;
 pub mod registrar;

@@ -10,8 +10,9 @@ use crate::store::{
     enrol::{AuditEntry, Claim, EnrolStore, IssuedCertificate, Join, JoinRefusal, Joined, Standing, Token},
 };
 
-/// Lines of the audit log that are kept.
-const MAX_AUDIT: i64 = 1_000_000;
+/// How many lines back the refusals are kept that anybody can cause without a token. All other lines stay: nobody can push
+/// them out.
+const MAX_NOISE: i64 = 100_000;
 
 /// How long a certificate is remembered after its end, in milliseconds: a month.
 const MEMORY: u64 = 30 * 24 * 3600 * 1000;
@@ -121,7 +122,9 @@ impl EnrolStore for Sqlite {
         let query = query.bind(entry.host.as_ref().map(HostId::as_str)).bind(&entry.result).bind(&entry.detail);
         let row = query.execute(&self.pool).await.map_err(failed(doing))?.last_insert_rowid();
         if row % 1000 == 0 {
-            let old = sqlx::query("DELETE FROM audit WHERE seq <= ?").bind(row - MAX_AUDIT);
+            let sql = "DELETE FROM audit WHERE seq <= ?
+                AND result IN ('request-malformed', 'token-unknown', 'host-reserved', 'no-attempt', 'certificate-refused')";
+            let old = sqlx::query(sql).bind(row - MAX_NOISE);
             old.execute(&self.pool).await.map_err(failed(doing))?;
         }
         Ok(())
