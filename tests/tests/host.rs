@@ -150,7 +150,7 @@ fn vm_that_runs_while_the_log_begins_anew_is_not_forgotten() {
         let found = world.wait_until("the VM to be measured", LIMIT, |world| {
             let found = world.verdict()?;
             ensure!(matches!(found.vm("stays").state(), "untrusted" | "unmeasured"), "{found}");
-            Ok((found.vm("stays").state() == "untrusted").then_some(found))
+            Ok(found.vm("stays").has("attached-while-running", "").then_some(found))
         })?;
         found.vm("stays").is_untrusted_for("attached-while-running", "")
     });

@@ -6,7 +6,7 @@ use onequote_evidence::{
     digest::{HashAlg, sha256},
     firmware::{Event, Guid, Meaning, wide_text},
     id::{Blob, Sha256},
-    pcr::Register,
+    pcr::{QUOTED_PCRS, Register},
 };
 
 use super::{comment, quote};
@@ -31,6 +31,17 @@ pub(super) fn propose(out: &mut String, facts: &Facts) {
         "\n# What the firmware's event log shows of the boot. With these rules values of PCR 4, 7, 8 and 9 under\n\
          # host.registers may be left out; they change with each update of the kernel or the boot loader.\n[host.firmware]"
     );
+    let ours = [facts.log.start().pcr_vm, facts.log.start().pcr_guest, super::IMA_PCR];
+    let missing = QUOTED_PCRS.iter().filter(|pcr| !ours.contains(pcr) && !boot.explained().contains(pcr));
+    let missing: Vec<String> = missing.map(|pcr| format!("\"{pcr}\"")).collect();
+    if !missing.is_empty() {
+        let _ = writeln!(
+            out,
+            "# The log does not give what these registers hold. If this firmware is known to omit events, write:\n\
+             # unexplained = [{}]",
+            missing.join(", ")
+        );
+    }
     variables(out, &boot);
     let separators = FirmwareRule { separators: true, ..FirmwareRule::default() };
     if judge(&separators, Some(&boot), &mut Vec::new()).is_empty() {
