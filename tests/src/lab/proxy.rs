@@ -25,6 +25,8 @@ pub struct ProxySettings {
     pub head: String,
     /// Run it as this user, from this copy of the program. Needs root.
     pub user: Option<(u32, PathBuf)>,
+    /// Run this program instead of the one that was built.
+    pub program: Option<PathBuf>,
     /// Another way to the TPM than the world's own.
     pub tcti: Option<String>,
     /// Further lines of the table `tpm`.
@@ -153,7 +155,7 @@ impl World {
         self.write_proxy_config()?;
         let _ = fs::remove_file(self.proxy_state().join("listen.addr"));
         let mut command = match &self.settings.user {
-            None => Command::new(&self.assets().proxy),
+            None => Command::new(self.settings.program.as_ref().unwrap_or(&self.assets().proxy)),
             Some((user, program)) => {
                 let mut command = Command::new("setpriv");
                 command.args(["--reuid", &user.to_string(), "--regid", &user.to_string(), "--clear-groups", "--"]);

@@ -145,32 +145,38 @@ fn unlisted_qemus(listed: &Listed<'_>, sessions: &mut Sessions) {
     }
 }
 
-/// Other contents at the path of the proxy that runs now, and other proxies of this log, unless the policy allows them.
+/// More than one program in the proxy's place, in list or log, where the policy does not allow them all.
 fn replaced(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)], rule: &HostRule) -> Vec<Finding> {
-    let Some((path, now)) = starts.last().and_then(|(_, start)| program(start)) else { return Vec::new() };
-    let mut judge = Judge::new(rule.ima_rule());
-    let mut allowed = |digest: &FileDigest, entry: Option<&Entry<'_>>| {
-        let named = matches!(&rule.proxy, Allowed::Digests(list) if list.iter().any(|one| one.digest == *digest));
-        named || rule.ima_rule().judges_files() && entry.is_some_and(|entry| judge.list(&[*entry]).is_empty())
-    };
-    let mut found: BTreeMap<(String, FileDigest), String> = BTreeMap::new();
-    for (digest, entry) in listed.at(&path) {
-        let digest = FileDigest::sha256(*digest);
-        if digest != now && !allowed(&digest, Some(entry)) {
-            found.insert((path.clone(), digest), path.clone());
-        }
+    let Some(now) = starts.last().and_then(|(_, start)| program(start)) else { return Vec::new() };
+    let mut seen: BTreeMap<(String, FileDigest), String> = BTreeMap::new();
+    for (digest, _) in listed.at(&now.0) {
+        seen.insert((now.0.clone(), FileDigest::sha256(*digest)), now.0.clone());
     }
     for (recnum, start) in starts {
-        let Some((other, digest)) = program(start) else { continue };
-        let entry = listed.at(&other).iter().find(|(listed, _)| *listed == digest.value);
-        if (&other, digest) != (&path, now) && !allowed(&digest, entry.map(|(_, entry)| *entry)) {
-            found.entry((other, digest)).or_insert_with(|| format!("proxy-start in record {recnum}"));
+        if let Some(program) = program(start) {
+            seen.entry(program).or_insert_with(|| format!("proxy-start in record {recnum}"));
         }
     }
-    let finding = |((at, digest), item): ((String, FileDigest), String)| {
-        Finding::new(Code::ProxyReplaced, item).expected(format!("{path}, {now}")).actual(format!("{at}, {digest}"))
+    if seen.len() < 2 {
+        return Vec::new();
+    }
+    let mut judge = Judge::new(rule.ima_rule());
+    let mut allowed = |(path, digest): &(String, FileDigest)| {
+        let named = matches!(&rule.proxy, Allowed::Digests(list) if list.iter().any(|one| one.digest == *digest));
+        let entry = listed.at(path).iter().find(|(listed, _)| *listed == digest.value);
+        named || rule.ima_rule().judges_files() && entry.is_some_and(|(_, entry)| judge.list(&[**entry]).is_empty())
     };
-    found.into_iter().map(finding).collect()
+    let show = |(path, digest): &(String, FileDigest)| format!("{path}, {digest}");
+    let mut unknown: Vec<_> = seen.iter().filter(|(program, _)| !allowed(program)).collect();
+    // Where nothing says which is right, the others are told, not the one that runs.
+    if unknown.iter().any(|(program, _)| **program != now) {
+        unknown.retain(|(program, _)| **program != now);
+    }
+    let finding = |(program, item): (&(String, FileDigest), &String)| {
+        let others: Vec<String> = seen.keys().filter(|other| *other != program).map(show).collect();
+        Finding::new(Code::ProxyReplaced, item).expected(others.join(" or ")).actual(show(program))
+    };
+    unknown.into_iter().map(finding).collect()
 }
 
 /// Path and digest of a proxy's program, as IMA would list them.

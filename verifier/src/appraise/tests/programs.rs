@@ -120,6 +120,11 @@ fn a_proxy_that_was_replaced() {
     }
     world.policy = Some(format!("[host]\n{}", both("proxy = [\"sha256:{9}\"]")));
     assert_eq!(host_codes(&world.round()), [Code::ProxyBinary, Code::ProxyReplaced]);
+    // The policy knows the old one only: then it is the new one that is found.
+    world.policy = Some(format!("[host]\n{}", both("proxy = [\"sha256:{8}\"]")));
+    let appraisal = world.round();
+    assert_eq!(host_codes(&appraisal), [Code::ProxyBinary, Code::ProxyReplaced]);
+    assert!(appraisal.verdict.host.findings[1].actual.as_ref().unwrap().contains("0909"));
     world.policy = Some(format!("[host]\n{}", both("[host.ima]\n\"/usr/bin/onequote-proxy\" = [\"sha256:{9}\"]")));
     assert_eq!(host_codes(&world.round()), [Code::ProxyReplaced, Code::ImaWrongDigest]);
 }
@@ -196,4 +201,25 @@ fn a_truncated_or_altered_list_does_not_replay() {
     assert!(world.round().verdict.all_trusted(), "a list may run ahead");
     world.pcrs.insert(10, Sha256([1; 32]));
     assert_eq!(only(&world.round()).code, Code::HostImaReplay);
+}
+
+#[test]
+fn violations_and_entries_of_other_registers_replay() {
+    let mut world = bare("unlisted_programs = \"allowed\"\n");
+    let violation = ima_entry_of("/var/log/x", &[0; 32], true);
+    let mut elsewhere = ima_entry("/dev/other", 5);
+    elsewhere.0[0] = 11;
+    let mut aggregate = Aggregate::EMPTY;
+    for counted in [&boot(), &violation] {
+        aggregate.push(&Entry::parse(&counted.0, 20).unwrap());
+    }
+    world.pcrs.insert(10, aggregate.value);
+    world.host_ima = [boot(), elsewhere, violation].into_iter().flat_map(|blob| blob.0).collect();
+    assert_eq!(world.round().verdict.host.findings, []);
+    // A rule about files makes it a finding, also where the policy knows the file; ima_ignore takes it away.
+    let list = format!("[host.ima]\n\"/var/log/x\" = [\"sha256:{}\"]\n", "00".repeat(32));
+    world.policy = Some(format!("[host]\nunlisted_programs = \"allowed\"\n{list}"));
+    assert_eq!(only(&world.round()).code, Code::ImaViolation);
+    world.policy = Some(format!("[host]\nunlisted_programs = \"allowed\"\nima_ignore = [\"/var/log/*\"]\n{list}"));
+    assert_eq!(world.round().verdict.host.findings, []);
 }

@@ -3,6 +3,7 @@
 use std::{fs, io::Write as _, os::unix::fs::symlink};
 
 use onequote_evidence::digest::sha256;
+use proptest::prelude::*;
 
 use super::*;
 use crate::policy::{AllowList, Judgement, Policy};
@@ -226,4 +227,23 @@ fn the_lines_for_a_rule_are_a_rule() {
     let rule = Policy::load(&policy).unwrap().0.vms.remove(0);
     is_the_system(rule.ima.as_ref().unwrap());
     assert_eq!(rule.ima_ignore.len(), RUN_TIME_FILES.len());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn damaged_archives_never_panic(
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        for whole in [cpio(), tar().into_inner().unwrap()] {
+            let mut bytes = whole.clone();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes.truncate(cut.index(bytes.len()) + 1);
+            let _ = listing(file(&bytes).path(), &Options::default());
+        }
+    }
 }
