@@ -3,7 +3,7 @@
 //! A stream is one zstd frame. Expanded it is a sequence of canonical CBOR items, each an array of two, the item's
 //! number and the array of its one field: first [`Item::Head`], then pieces of logs in any order, last [`Item::End`] with the number of
 //! items before it. Each piece says where in its log it begins; pieces of one log follow each other without gap. The
-//! pieces of one guest's list stand together.
+//! pieces of one guest's list stand together, behind the dictionary if they go on with a list that was sent before ([`Have`]).
 //!
 //! Nothing in a stream is true because it is there. Statement, signature and registers are tied together by the
 //! quote; firmware log, IMA list, records and guests' lists by replay to the quoted registers.
@@ -20,9 +20,13 @@ use crate::{
     pcr::{MAX_REGISTERS, RegisterValue},
 };
 
+mod have;
 mod writer;
 
+pub use have::{Have, Known, KnownGuest, MAX_KNOWN_GUESTS};
 pub use writer::Pieces;
+
+use have::Growing;
 
 /// Media type of a stream.
 pub const MEDIA_TYPE: &str = "application/vnd.onequote.evidence";
@@ -175,6 +179,10 @@ impl Evidence {
     /// # Errors
     /// [`Malformed`]: also for a missing or second head, a missing end, items after it, or pieces that leave a gap.
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
+        Self::parse_from(bytes, None)
+    }
+
+    fn parse_from(bytes: &[u8], before: Option<&Self>) -> Result<Self, Malformed> {
         let mut items = Items { bytes, offset: 0, count: 0, ended: false };
         let Some(Item::Head(head)) = items.next().transpose()? else {
             return Err(Malformed::invalid(WHAT, 0, "does not begin with a head"));
@@ -185,34 +193,34 @@ impl Evidence {
         if Nonce::new(head.nonce.0.clone()).is_none() || !matches!(head.binding.0.len(), 0 | BINDING_SIZE) {
             return Err(Malformed::invalid(WHAT, 0, "nonce or channel binding has not its size"));
         }
-        let mut known_guests = BTreeSet::new();
-        let mut evidence = Self {
-            head,
-            firmware: Vec::new(),
-            host_ima: Vec::new(),
-            records: Vec::new(),
-            dictionary: Vec::new(),
-            guests: Vec::new(),
-        };
+        let log = |of: fn(&Self) -> &Vec<u8>| Growing::new(before.map_or(&[][..], |before| of(before)));
+        let (mut firmware, mut host_ima) = (log(|e| &e.firmware), log(|e| &e.host_ima));
+        let mut records = log(|e| &e.records);
+        let mut dictionary = Growing::new(before.map_or(&[][..], |before| &before.dictionary));
+        let mut guests = Guests { before: before.map_or(&[][..], |before| &before.guests), ..Guests::default() };
         while let Some(item) = items.next().transpose()? {
             let ok = match item {
                 Item::Head(_) => return Err(Malformed::invalid(WHAT, items.offset, "a second head")),
-                Item::Firmware(piece) => append(&mut evidence.firmware, piece),
-                Item::HostIma(piece) => append(&mut evidence.host_ima, piece),
-                Item::Records(piece) => append(&mut evidence.records, piece),
-                Item::Dictionary(part) => {
-                    let fits = part.first == evidence.dictionary.len() as u64;
-                    evidence.dictionary.extend(part.entries);
-                    fits
-                }
-                Item::Guest(part) => append_guest(&mut evidence.guests, &mut known_guests, part),
+                Item::Firmware(piece) => firmware.add(piece.offset, piece.bytes.0),
+                Item::HostIma(piece) => host_ima.add(piece.offset, piece.bytes.0),
+                Item::Records(piece) => records.add(piece.offset, piece.bytes.0),
+                Item::Dictionary(part) => dictionary.add(part.first, part.entries),
+                // References mean entries of the dictionary that they came with.
+                Item::Guest(part) => guests.add(part, dictionary.onto()),
                 Item::End(_) => true,
             };
             if !ok {
                 return Err(Malformed::invalid(WHAT, items.offset, "a piece does not follow the one before it"));
             }
         }
-        Ok(evidence)
+        Ok(Self {
+            head,
+            firmware: firmware.finish(),
+            host_ima: host_ima.finish(),
+            records: records.finish(),
+            dictionary: dictionary.finish(),
+            guests: guests.lists,
+        })
     }
 }
 
@@ -269,23 +277,34 @@ impl Iterator for Items<'_> {
     }
 }
 
-fn append(log: &mut Vec<u8>, piece: Piece) -> bool {
-    let fits = piece.offset == log.len() as u64;
-    log.extend(piece.bytes.0);
-    fits
+/// Guests' lists as they are put together.
+#[derive(Default)]
+struct Guests<'a> {
+    before: &'a [Guest],
+    lists: Vec<Guest>,
+    known: BTreeSet<(VmId, SessionId, u32)>,
 }
 
-/// A part goes on with the last list, or begins a list that is not there yet.
-fn append_guest(guests: &mut Vec<Guest>, known: &mut BTreeSet<(VmId, SessionId, u32)>, part: Guest) -> bool {
-    let key = |g: &Guest| (g.vm, g.session, g.boot);
-    if let Some(last) = guests.last_mut().filter(|last| key(last) == key(&part)) {
-        let fits = part.first == last.entries.len() as u64;
-        last.entries.extend(part.entries);
-        return fits;
+impl Guests<'_> {
+    /// A part goes on with the last list, or begins one that is not there yet: at its start or, where the dictionary goes
+    /// on with the one before, where that list ended before.
+    fn add(&mut self, mut part: Guest, dictionary_goes_on: bool) -> bool {
+        let key = |g: &Guest| (g.vm, g.session, g.boot);
+        if let Some(last) = self.lists.last_mut().filter(|last| key(last) == key(&part)) {
+            let fits = part.first == last.entries.len() as u64;
+            last.entries.extend(part.entries);
+            return fits;
+        }
+        if part.first != 0 {
+            let before = self.before.iter().find(|before| key(before) == key(&part) && dictionary_goes_on);
+            let Some(before) = before.filter(|before| before.entries.len() as u64 == part.first) else { return false };
+            part.entries.splice(0..0, before.entries.iter().copied());
+            part.first = 0;
+        }
+        let fits = self.known.insert(key(&part));
+        self.lists.push(part);
+        fits
     }
-    let fits = part.first == 0 && known.insert(key(&part));
-    guests.push(part);
-    fits
 }
 
 /// Reads a dictionary's entries. What is too short or too long to be one is refused here, before many of them take

@@ -187,6 +187,7 @@ fn limits() {
         ("statement::MAX_STATEMENT", statement::MAX_STATEMENT),
         ("stream::MAX_EXPANDED", stream::MAX_EXPANDED),
         ("stream::MAX_ITEM", stream::MAX_ITEM),
+        ("stream::MAX_KNOWN_GUESTS", stream::MAX_KNOWN_GUESTS),
         ("stream::MAX_ITEMS", stream::MAX_ITEMS as usize),
         ("stream::PIECE_TARGET", stream::PIECE_TARGET),
     ];

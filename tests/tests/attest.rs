@@ -272,3 +272,35 @@ fn evidence_of_another_host_or_another_time_is_refused() {
         Ok(())
     });
 }
+
+#[test]
+fn what_was_sent_is_not_sent_again() {
+    World::test(|world| {
+        world.start_enrolled()?;
+        let (_, first) = world.attest_counted()?;
+        world.learn_policy()?;
+        let (found, second) = world.attest_counted()?;
+        found.host().is("trusted")?;
+        // The head has quote and statement, which are new each time.
+        ensure!(second < first, "{second} bytes instead of {first}");
+        // What is saved is whole, and of use to who has nothing.
+        let saved = world.folder().join("evidence.oq");
+        let run = world.verifier(&["attest", World::HOST, "--json", "--save", &saved.to_string_lossy()])?;
+        Verdict::of(&run)?.host().is("trusted")?;
+        let (file, key) = (saved.to_string_lossy(), world.proxy_state().join("ak.pub"));
+        let learnt = world.verifier(&["policy", "learn", "--evidence", &file, "--ak", &key.to_string_lossy()])?;
+        ensure!(learnt.success()?.output.contains("[host.registers]"), "nothing is learnt from what was saved");
+        // Another log begins anew, and is sent from its start.
+        world.proxy()?.terminate()?;
+        world.tpm()?.reset()?;
+        world.start_proxy()?;
+        world.enrol_again()?;
+        let (found, again) = world.attest_counted()?;
+        found.host().is("trusted")?;
+        ensure!(again > second, "{again} bytes after a reset instead of more than {second}");
+        let (found, rest) = world.attest_counted()?;
+        found.host().is("trusted")?;
+        ensure!(rest < again, "{rest} bytes instead of {again}");
+        Ok(())
+    });
+}

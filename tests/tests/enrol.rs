@@ -4,6 +4,7 @@
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use onequote_evidence::stream::Have;
 use onequote_tests::lab::{Options, Process, Run, Tpm, World, authority_certificates, wait};
 use onequote_verifier::{client, enrol::Identity};
 
@@ -83,7 +84,8 @@ fn a_host_joins_and_is_attested_by_its_certificate() {
         let (host, at) = (World::HOST.parse().map_err(anyhow::Error::msg)?, world.proxy_url()?);
         let target = client::Target { host: &host, url: &at, certificate: &ca };
         let nonce = onequote_evidence::id::Nonce::new(vec![7; 32]).context("a nonce")?;
-        let asked = client::ask(target, &thief, &nonce, Duration::from_secs(20));
+        let nothing = Have::default();
+        let asked = client::ask(target, &thief, &nonce, &nothing, Duration::from_secs(20));
         let asked = tokio::runtime::Runtime::new()?.block_on(asked);
         ensure!(matches!(asked, Err(client::AskError::Tls { .. } | client::AskError::Broken(_))), "{asked:?}");
 

@@ -3,8 +3,8 @@
 //! The only trust anchor is the proxy's pinned certificate, or our own authority for a host that has joined; the name must
 //! be the host's id. The anchor's name is sent along, so that a proxy of several verifiers knows which one asks. The connection's exporter
 //! value (RFC 9266) is taken before anything is sent and goes into the appraisal: evidence made for another
-//! connection does not fit. One request a connection: `POST /v1/evidence` with `{"nonce": hex}`; the answer is an
-//! evidence stream of bounded size. Every failure says whether the host was not reached, not trusted, or refused.
+//! connection does not fit. One request a connection: `POST /v1/evidence` with `{"nonce": hex, "have": …}`; the answer is an
+//! evidence stream of bounded size, without what the verifier has. Every failure says whether the host was not reached, not trusted, or refused.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use onequote_evidence::{
     id::{HostId, Nonce},
-    stream::MEDIA_TYPE,
+    stream::{Have, MEDIA_TYPE},
 };
 
 use crate::{
@@ -127,6 +127,7 @@ pub async fn ask(
     target: Target<'_>,
     identity: &Identity,
     nonce: &Nonce,
+    have: &Have,
     timeout: Duration,
 ) -> Result<Answer, AskError> {
     let asked = async {
@@ -135,7 +136,7 @@ pub async fn ask(
         let binding = binding.map_err(|e| tls(target.url, std::io::Error::other(e)))?.to_vec();
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let certificate = shown.map(|der| der.to_vec()).unwrap_or_default();
-        let evidence = exchange(stream, target, nonce).await?;
+        let evidence = exchange(stream, target, nonce, have).await?;
         Ok(Answer { evidence, binding, certificate })
     };
     tokio::time::timeout(timeout, asked).await.map_err(|_| AskError::Timeout(timeout))?
@@ -226,7 +227,12 @@ impl ServerCertVerifier for Named {
     }
 }
 
-async fn exchange(stream: TlsStream<TcpStream>, target: Target<'_>, nonce: &Nonce) -> Result<Vec<u8>, AskError> {
+async fn exchange(
+    stream: TlsStream<TcpStream>,
+    target: Target<'_>,
+    nonce: &Nonce,
+    have: &Have,
+) -> Result<Vec<u8>, AskError> {
     let broken = |e: hyper::Error| match tls_error(&e) {
         // A server that does not know our certificate says so only after the handshake.
         Some(why) => tls(target.url, std::io::Error::other(why)),
@@ -234,7 +240,7 @@ async fn exchange(stream: TlsStream<TcpStream>, target: Target<'_>, nonce: &Nonc
     };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
     let driver = tokio::spawn(connection);
-    let body = serde_json::json!({ "nonce": nonce }).to_string();
+    let body = serde_json::json!({ "nonce": nonce, "have": have }).to_string();
     let request = Request::post("/v1/evidence")
         .header(header::HOST, target.host.as_str())
         .header(header::CONTENT_TYPE, "application/json")

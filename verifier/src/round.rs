@@ -6,7 +6,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use onequote_evidence::{id::HostId, tpm::Public};
+use onequote_evidence::{
+    id::HostId,
+    stream::{self, Evidence, Have},
+    tpm::Public,
+};
 
 use crate::{
     appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness},
@@ -60,8 +64,10 @@ pub struct Verifier<S> {
 pub struct Round {
     /// The verdict.
     pub verdict: Verdict,
-    /// The evidence as it came, if any came.
+    /// The whole evidence as a stream, if any came; as it came, if it cannot be read.
     pub evidence: Option<Vec<u8>>,
+    /// Bytes that came over the network.
+    pub received: usize,
     /// What was shown to be measured, if that was wanted and the evidence was whole.
     pub facts: Option<Facts>,
 }
@@ -96,6 +102,9 @@ pub enum Fault {
         /// Why.
         source: Option<EnrolError>,
     },
+    /// What was received cannot be kept.
+    #[error("evidence cannot be compressed")]
+    Compress(#[source] std::io::Error),
     /// Others were always faster.
     #[error("host {0} is attested by too many at once; try again")]
     Busy(HostId),
@@ -143,7 +152,9 @@ impl<S: EnrolStore> Verifier<S> {
         let challenge = challenge::issue(&self.store, &*self.source, id, lifetime).await?;
         let target = Target { host: id, url: &enrolled.url, certificate: &enrolled.certificate };
         let identity = issued.as_deref().unwrap_or(&self.identity);
-        let answer = client::ask(target, identity, &challenge.nonce, self.times.challenge).await;
+        let before = self.before(id).await?;
+        let have = before.as_ref().map(Have::of).unwrap_or_default();
+        let answer = client::ask(target, identity, &challenge.nonce, &have, self.times.challenge).await;
         let answer = match answer {
             Ok(answer) => answer,
             Err(e) => {
@@ -157,7 +168,12 @@ impl<S: EnrolStore> Verifier<S> {
             let round = self.without_evidence(host, finding, Some(answer.evidence));
             return Ok(self.keep(host, round, None).await?);
         }
-        let received = match Received::read(&answer.evidence) {
+        let size = answer.evidence.len();
+        let received = match &before {
+            Some(before) => Received::read_onto(&answer.evidence, before),
+            None => Received::read(&answer.evidence),
+        };
+        let received = match received {
             Ok(received) => received,
             Err(finding) => {
                 let round = self.without_evidence(host, finding, Some(answer.evidence));
@@ -187,8 +203,30 @@ impl<S: EnrolStore> Verifier<S> {
             facts,
         };
         let Appraisal { verdict, state, facts } = appraise(&received, &context);
-        let round = Round { verdict, evidence: Some(answer.evidence), facts };
-        Ok(self.keep(host, round, state).await?)
+        let evidence = match before {
+            // As it came it is of use only to who has what came before.
+            Some(_) => stream::compress(&received.evidence().stream()).map_err(Fault::Compress)?,
+            None => answer.evidence,
+        };
+        let accepted = state.is_some();
+        let round = Round { verdict, evidence: Some(evidence), received: size, facts };
+        let kept = self.keep(host, round, state).await?;
+        if let Some(Round { evidence: Some(evidence), .. }) = kept.as_ref().filter(|_| accepted) {
+            self.store.keep_evidence(id, evidence).await?;
+        }
+        Ok(kept)
+    }
+
+    /// The last evidence that was accepted of a host. What cannot be read is asked for again.
+    async fn before(&self, id: &HostId) -> Result<Option<Evidence>, StoreError> {
+        let Some(kept) = self.store.evidence(id).await? else { return Ok(None) };
+        match Received::read(&kept) {
+            Ok(received) => Ok(Some(received.into_evidence())),
+            Err(finding) => {
+                tracing::warn!(host = %id, "kept evidence cannot be read, so all of it is asked for: {:?}", finding.actual);
+                Ok(None)
+            }
+        }
     }
 
     /// The certificate by which a host that has joined knows us.
@@ -229,7 +267,7 @@ impl<S: EnrolStore> Verifier<S> {
         let last = host.verdict.as_ref();
         let mut verdict = Verdict::without_evidence(host.enrolment.id.clone(), finding, last, self.source.now());
         verdict.host.software_tpm = host.enrolment.software_tpm;
-        Round { verdict, evidence, facts: None }
+        Round { verdict, received: evidence.as_ref().map_or(0, Vec::len), evidence, facts: None }
     }
 
     async fn keep(

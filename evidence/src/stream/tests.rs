@@ -196,3 +196,129 @@ fn more_items_than_there_can_be_are_refused() {
     bytes.extend(piece.iter().copied().cycle().take(piece.len() * MAX_ITEMS as usize));
     assert_eq!(Evidence::parse(&bytes).unwrap_err().kind, MalformedKind::TooLarge { limit: MAX_ITEMS as usize });
 }
+
+/// What a verifier gets who has the beginnings that `before` has.
+fn rest(now: &Evidence, before: &Evidence) -> Vec<u8> {
+    let have = Have::of(before);
+    let mut out = Pieces::default();
+    for (kind, log, known) in [
+        (Item::Firmware as fn(_) -> Item, &now.firmware, have.firmware),
+        (Item::HostIma, &now.host_ima, have.host_ima),
+        (Item::Records, &now.records, have.records),
+    ] {
+        let had = Known::bytes_of(known, log);
+        out.push_log(kind, had as u64, &log[had..]);
+    }
+    let entries: Vec<&[u8]> = now.dictionary.iter().map(|entry| entry.0.as_slice()).collect();
+    let had = Known::entries_of(have.dictionary, &entries);
+    out.push_dictionary(had as u64, now.dictionary[had..].to_vec());
+    for list in &now.guests {
+        let known = have.guest(list.vm, list.session, list.boot).filter(|_| had > 0);
+        let first = Known::references_of(known, &list.entries);
+        out.push_guest(&Guest { first: first as u64, entries: list.entries[first..].to_vec(), ..*list });
+    }
+    out.stream(now.head.clone())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// However much of each log was there before, and whether or not it is the same log.
+    #[test]
+    fn what_is_new_makes_it_whole(
+        (now, _) in any_stream(),
+        cuts in prop::array::uniform5(any::<prop::sample::Index>()),
+        other in any::<[bool; 5]>(),
+    ) {
+        let mut before = now.clone();
+        before.records.truncate(cuts[0].index(now.records.len() + 1));
+        before.host_ima.truncate(cuts[1].index(now.host_ima.len() + 1));
+        before.dictionary.truncate(cuts[2].index(now.dictionary.len() + 1));
+        let entries = now.guests[0].entries.len();
+        before.guests[0].entries.truncate(cuts[3].index(entries + 1));
+        before.guests.truncate(cuts[4].index(now.guests.len() + 1));
+        for (log, _) in [&mut before.records, &mut before.host_ima].into_iter().zip(other).filter(|(_, other)| *other) {
+            log.iter_mut().take(1).for_each(|byte| *byte ^= 1);
+        }
+        for (entry, _) in before.dictionary.iter_mut().zip([other[2]]).filter(|(_, other)| *other) {
+            entry.0[0] ^= 1;
+        }
+        for (list, _) in before.guests.iter_mut().zip([other[3], other[4]]).filter(|(_, other)| *other) {
+            list.entries.iter_mut().take(1).for_each(|reference| *reference ^= 1);
+        }
+        let sent = rest(&now, &before);
+        prop_assert_eq!(Evidence::parse_onto(&sent, &before).unwrap(), now.clone());
+        // Who has nothing cannot use it, unless all of it was sent.
+        if sent != now.stream() {
+            prop_assert!(Evidence::parse(&sent).map_or(true, |read| read == now));
+        }
+    }
+}
+
+#[test]
+fn nothing_is_sent_twice() {
+    let mut before = Evidence {
+        head: head(),
+        firmware: vec![1; 50_000],
+        host_ima: vec![2; 300_000],
+        records: vec![3; 100_000],
+        dictionary: (0..3000_u16).map(|n| Blob([&[0; 60][..], &n.to_le_bytes()].concat())).collect(),
+        guests: vec![guest(0, 0, (0..3000).collect())],
+    };
+    let base = before.clone();
+    assert!(rest(&base, &base).len() < 700, "{}", rest(&base, &base).len());
+    before.host_ima.extend([4; 100]);
+    before.dictionary.push(Blob(vec![7; 60]));
+    before.guests[0].entries.push(3000);
+    let sent = rest(&before, &base);
+    assert!(sent.len() < 1000, "{}", sent.len());
+    assert_eq!(Evidence::parse_onto(&sent, &base).unwrap(), before);
+}
+
+#[test]
+fn wrong_offsets_are_refused() {
+    let base = Evidence {
+        head: head(),
+        firmware: Vec::new(),
+        host_ima: vec![2; 10],
+        records: Vec::new(),
+        dictionary: vec![Blob(vec![1; 60])],
+        guests: vec![guest(0, 0, vec![0, 0])],
+    };
+    let read = |fill: &dyn Fn(&mut Pieces)| {
+        let mut pieces = Pieces::default();
+        fill(&mut pieces);
+        Evidence::parse_onto(&pieces.stream(head()), &base)
+    };
+    for offset in [1, 9, 11, u64::MAX] {
+        for bytes in [vec![], vec![1]] {
+            let piece = Piece { offset, bytes: Blob(bytes) };
+            assert!(read(&|w| w.push(&Item::HostIma(piece.clone()))).is_err(), "{offset}");
+        }
+    }
+    // A log that was not there before has no end to go on from.
+    assert!(read(&|w| w.push_log(Item::Records, 10, &[1])).is_err());
+    assert!(read(&|w| w.push_dictionary(2, [])).is_err());
+    // A log that is not mentioned is not there, whatever was there before.
+    assert!(read(&|_| {}).unwrap().host_ima.is_empty());
+    // It begins anew, and cannot then go on where the old one ended.
+    let again = read(&|w| {
+        w.push_log(Item::HostIma, 0, &[1]);
+        w.push_log(Item::HostIma, 10, &[1]);
+    });
+    assert!(again.is_err());
+    // A list that goes on means the dictionary that it went with.
+    assert!(read(&|w| w.push(&Item::Guest(guest(0, 2, vec![0])))).is_err());
+    let whole = read(&|w| {
+        w.push_dictionary(1, []);
+        w.push(&Item::Guest(guest(0, 2, vec![0])));
+    });
+    assert_eq!(whole.unwrap().guests, [guest(0, 0, vec![0, 0, 0])]);
+    for (boot, first) in [(1, 2), (0, 1), (0, 3)] {
+        let other = read(&|w| {
+            w.push_dictionary(1, []);
+            w.push(&Item::Guest(guest(boot, first, vec![0])));
+        });
+        assert!(other.is_err(), "boot {boot} from {first}");
+    }
+}

@@ -19,8 +19,10 @@ impl Pieces {
         self.items += 1;
     }
 
-    /// Adds entries of the dictionary, the first of them with the index `first`, cut into parts.
+    /// Adds entries of the dictionary, the first of them with the index `first`, cut into parts. Where there is none and
+    /// `first` is not 0, it is said that the dictionary goes on with nothing.
     pub fn push_dictionary(&mut self, mut first: u64, entries: impl IntoIterator<Item = Blob>) {
+        let begin = first;
         let mut part = Dictionary { first, entries: Vec::new() };
         let mut len = 0;
         for entry in entries {
@@ -33,7 +35,7 @@ impl Pieces {
                 len = 0;
             }
         }
-        if !part.entries.is_empty() {
+        if !part.entries.is_empty() || (first != 0 && part.first == begin) {
             self.push(&Item::Dictionary(part));
         }
     }
@@ -53,9 +55,13 @@ impl Pieces {
         }
     }
 
-    /// Adds a log's bytes from `offset` on, cut into pieces.
+    /// Adds a log's bytes from `offset` on, cut into pieces. Where there are none and `offset` is not 0, it is said that the
+    /// log goes on with nothing.
     pub fn push_log(&mut self, kind: fn(Piece) -> Item, offset: u64, bytes: &[u8]) {
         let mut at = offset;
+        if bytes.is_empty() && offset != 0 {
+            self.push(&kind(Piece { offset, bytes: Blob::default() }));
+        }
         for part in bytes.chunks(PIECE_TARGET) {
             self.push(&kind(Piece { offset: at, bytes: Blob(part.to_vec()) }));
             at += part.len() as u64;

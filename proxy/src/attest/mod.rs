@@ -16,7 +16,7 @@
 mod pieces;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet, hash_map::Entry},
     io,
     path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
@@ -29,10 +29,12 @@ use onequote_evidence::{
     nonce_tree::{self, Step},
     pcr,
     statement::{self, GuestBoot, Statement, Unmanaged, VmState},
-    stream::{self, Head, Pieces},
+    stream::{self, Have, Head, Pieces},
 };
 use tokio::sync::{mpsc, oneshot};
 use tracing::debug;
+
+use pieces::Logs;
 
 use crate::{
     guest::Room,
@@ -103,6 +105,8 @@ pub struct Processes {
 struct Challenge {
     nonce: Nonce,
     binding: Vec<u8>,
+    /// What the verifier has and need not be sent.
+    have: Have,
     reply: oneshot::Sender<Result<Vec<u8>, AttestError>>,
 }
 
@@ -115,13 +119,13 @@ pub struct AttestHandle {
 }
 
 impl AttestHandle {
-    /// Answers a challenge with a compressed evidence stream.
+    /// Answers a challenge with a compressed evidence stream, without what the verifier has.
     ///
     /// # Errors
     /// [`AttestError`].
-    pub async fn challenge(&self, nonce: Nonce, binding: Vec<u8>) -> Result<Vec<u8>, AttestError> {
+    pub async fn challenge(&self, nonce: Nonce, binding: Vec<u8>, have: Have) -> Result<Vec<u8>, AttestError> {
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Challenge { nonce, binding, reply }).map_err(|e| match e {
+        self.queue.try_send(Challenge { nonce, binding, have, reply }).map_err(|e| match e {
             mpsc::error::TrySendError::Full(_) => AttestError::Busy,
             mpsc::error::TrySendError::Closed(_) => AttestError::Closed,
         })?;
@@ -174,9 +178,19 @@ impl Attester {
         let Some((root, paths)) = nonce_tree::build(&leaves) else { return };
         debug!(challenges = batch.len(), "one quote");
         match self.quote(root, late).await {
-            Ok((head, pieces)) => {
-                for (challenge, path) in batch.into_iter().zip(paths) {
-                    let answer = answer(&head, &pieces, &challenge, path);
+            Ok((head, logs)) => {
+                // Encoded once for all who have the same.
+                let mut made: HashMap<Have, Pieces> = HashMap::new();
+                for (mut challenge, path) in batch.into_iter().zip(paths) {
+                    let have = std::mem::take(&mut challenge.have);
+                    let pieces = match made.entry(have) {
+                        Entry::Occupied(made) => made.into_mut(),
+                        Entry::Vacant(place) => {
+                            let pieces = logs.pieces(place.key());
+                            place.insert(pieces)
+                        }
+                    };
+                    let answer = answer(&head, pieces, &challenge, path);
                     let _ = challenge.reply.send(answer);
                 }
             }
@@ -192,7 +206,7 @@ impl Attester {
         &self,
         root: onequote_evidence::id::Sha256,
         late: HashSet<VmRef>,
-    ) -> Result<(Head, Pieces), AttestError> {
+    ) -> Result<(Head, Logs), AttestError> {
         let inventory = Arc::clone(&self.inventory);
         let (host, room, clock) = (self.host.clone(), Arc::clone(&self.room), self.clock);
         let processes = (self.processes)();
@@ -220,7 +234,7 @@ impl Attester {
             nonce: Blob::default(),
             binding: Blob::default(),
         };
-        Ok((head, self.pieces(&statement, &quoted.head).await?))
+        Ok((head, self.logs(&statement, &quoted.head).await?))
     }
 }
 

@@ -6,53 +6,73 @@ use onequote_evidence::{
     event::VmRef,
     id::Blob,
     statement::Statement,
-    stream::{Guest, Item, PIECE_TARGET, Pieces},
+    stream::{Guest, Have, Item, Known, PIECE_TARGET, Pieces},
 };
 
 use super::{AttestError, Attester};
-use crate::log::LogHead;
+use crate::{guest::Lists, log::LogHead};
 
 /// The most bytes that are read of one of the host's logs.
 const MAX_HOST_LOG: u64 = 128 * 1024 * 1024;
 
+/// All that a statement is about.
+pub(super) struct Logs {
+    firmware: Vec<u8>,
+    host_ima: Vec<u8>,
+    records: Vec<u8>,
+    lists: Lists,
+}
+
 impl Attester {
-    /// Everything that the statement is about, as items of a stream. Host logs are read after the quote, so that they
-    /// are never behind it.
-    pub(super) async fn pieces(&self, statement: &Statement, head: &LogHead) -> Result<Pieces, AttestError> {
-        let mut out = Pieces::default();
-        for (path, kind) in
-            [(&self.firmware_log, Item::Firmware as fn(_) -> Item), (&self.ima_list, Item::HostIma as fn(_) -> Item)]
-        {
-            if let Some(path) = path {
-                out.push_log(kind, 0, &read_host_log(path.clone()).await?);
-            }
-        }
-        let (mut next, mut offset) = (0, 0);
+    /// Everything that the statement is about. Host logs are read after the quote, so that they are never behind it.
+    pub(super) async fn logs(&self, statement: &Statement, head: &LogHead) -> Result<Logs, AttestError> {
+        let firmware = read_host_log(self.firmware_log.clone()).await?;
+        let host_ima = read_host_log(self.ima_list.clone()).await?;
+        let mut records = Vec::new();
+        let mut next = 0;
         while next < head.log_len {
             let chunk = self.log.records(head.epoch.number, next, head.log_len, PIECE_TARGET).await;
             let chunk = chunk.map_err(|e| AttestError::Recorder(Arc::new(e)))?;
-            out.push_log(Item::Records, offset, &chunk.bytes);
-            offset += chunk.bytes.len() as u64;
+            records.extend(chunk.bytes);
             next = chunk.next;
         }
-        self.guests(statement, &mut out).await;
-        Ok(out)
-    }
-
-    async fn guests(&self, statement: &Statement, out: &mut Pieces) {
         let wanted = statement.vms.iter().flat_map(|vm| {
             let key = VmRef { vm: vm.vm, session: vm.session };
             vm.boots.iter().map(move |boot| (key, boot.boot, boot.count))
         });
-        let lists = self.room.lists(wanted.collect()).await;
-        out.push_dictionary(0, lists.dictionary.iter().map(|entry| Blob(entry.to_vec())));
-        for (key, boot, entries) in lists.lists {
-            out.push_guest(&Guest { vm: key.vm, session: key.session, boot, first: 0, entries });
-        }
+        Ok(Logs { firmware, host_ima, records, lists: self.room.lists(wanted.collect()).await })
     }
 }
 
-async fn read_host_log(path: PathBuf) -> Result<Vec<u8>, AttestError> {
+impl Logs {
+    /// As items of a stream, without what the verifier has.
+    pub(super) fn pieces(&self, have: &Have) -> Pieces {
+        let mut out = Pieces::default();
+        for (kind, log, known) in [
+            (Item::Firmware as fn(_) -> Item, &self.firmware, have.firmware),
+            (Item::HostIma, &self.host_ima, have.host_ima),
+            (Item::Records, &self.records, have.records),
+        ] {
+            let had = Known::bytes_of(known, log);
+            out.push_log(kind, had as u64, &log[had..]);
+        }
+        let dictionary = &self.lists.dictionary;
+        let had = Known::entries_of(have.dictionary, dictionary);
+        out.push_dictionary(had as u64, dictionary[had..].iter().map(|entry| Blob(entry.to_vec())));
+        for (key, boot, references) in &self.lists.lists {
+            // References mean entries of the dictionary that the verifier has.
+            let known = have.guest(key.vm, key.session, *boot).filter(|_| had > 0);
+            let first = Known::references_of(known, references);
+            let entries = references[first..].to_vec();
+            out.push_guest(&Guest { vm: key.vm, session: key.session, boot: *boot, first: first as u64, entries });
+        }
+        out
+    }
+}
+
+/// The log in this file; nothing where the host has none.
+async fn read_host_log(path: Option<PathBuf>) -> Result<Vec<u8>, AttestError> {
+    let Some(path) = path else { return Ok(Vec::new()) };
     let what = path.display().to_string();
     let read = tokio::task::spawn_blocking(move || {
         use std::io::Read as _;

@@ -11,7 +11,7 @@
 //! log has (the inventory) and what the lists hold, so that a batch that failed is neither lost nor logged twice.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
@@ -358,23 +358,18 @@ impl Writer {
     }
 
     fn lists(&self, wanted: &[(VmRef, u32, u64)]) -> Lists {
-        let mut out = Lists::default();
-        let mut places: HashMap<u32, u32> = HashMap::new();
-        for (vm, boot, count) in wanted {
+        let refs = |(vm, boot, count): &(VmRef, u32, u64)| {
             let list = self.sessions.get(vm).and_then(|s| s.lists.iter().find(|list| list.boot == *boot));
             let refs = list.map_or(&[][..], |list| &list.refs[..list.refs.len().min(*count as usize)]);
-            let mut mapped = Vec::with_capacity(refs.len());
-            for id in refs {
-                let Some(entry) = self.dictionary.entry(*id) else { break };
-                let place = *places.entry(*id).or_insert_with(|| {
-                    out.dictionary.push(Arc::clone(entry));
-                    out.dictionary.len() as u32 - 1
-                });
-                mapped.push(place);
-            }
-            out.lists.push((*vm, *boot, mapped));
-        }
-        out
+            let known = refs.iter().position(|id| self.dictionary.entry(*id).is_none());
+            &refs[..known.unwrap_or(refs.len())]
+        };
+        // In the order in which the host saw them first: what came later stands behind what was sent before.
+        let ids: BTreeSet<u32> = wanted.iter().flat_map(|one| refs(one).iter().copied()).collect();
+        let places: HashMap<u32, u32> = ids.iter().zip(0..).map(|(id, place)| (*id, place)).collect();
+        let dictionary = ids.iter().filter_map(|id| self.dictionary.entry(*id).map(Arc::clone)).collect();
+        let mapped = |one| refs(one).iter().filter_map(|id| places.get(id).copied()).collect();
+        Lists { dictionary, lists: wanted.iter().map(|one| (one.0, one.1, mapped(one))).collect() }
     }
 
     /// Saves and logs all that is not logged yet.

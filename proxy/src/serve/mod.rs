@@ -1,7 +1,8 @@
 //! The doors of the proxy: mTLS for verifiers, a Unix socket for its own command line.
 //!
 //! Verifiers (TLS 1.3, pinned certificates on both sides):
-//! - `POST /v1/evidence`, JSON `{"nonce": hex}` → an evidence stream. The challenge's channel binding is the TLS
+//! - `POST /v1/evidence`, JSON `{"nonce": hex, "have": …}` → an evidence stream, without the beginnings of logs that the verifier
+//!   has. The challenge's channel binding is the TLS
 //!   exporter of this very connection (RFC 9266), so that evidence relayed over another connection does not answer it.
 //! - `GET /v1/status` → JSON.
 //!
@@ -28,7 +29,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use onequote_evidence::{id::Nonce, stream::MEDIA_TYPE};
+use onequote_evidence::{
+    id::Nonce,
+    stream::{Have, MAX_KNOWN_GUESTS, MEDIA_TYPE},
+};
 use serde::Deserialize;
 
 pub use admin::serve_admin;
@@ -56,7 +60,13 @@ pub struct Doors {
 #[serde(deny_unknown_fields)]
 struct EvidenceRequest {
     nonce: Nonce,
+    #[serde(default)]
+    have: Have,
 }
+
+/// The most bytes of a request: what a verifier has of [`MAX_KNOWN_GUESTS`] guests, each in less than 256 bytes, and of the
+/// rest.
+const MAX_REQUEST: usize = 4096 + MAX_KNOWN_GUESTS * 256;
 
 /// Serves verifiers until the process ends.
 ///
@@ -66,7 +76,7 @@ pub async fn serve_verifiers(listener: TlsListener, doors: Doors) -> std::io::Re
     let app = Router::new()
         .route("/v1/evidence", post(evidence))
         .route("/v1/status", get(status))
-        .layer(DefaultBodyLimit::max(4096))
+        .layer(DefaultBodyLimit::max(MAX_REQUEST))
         .with_state(doors);
     axum::serve(listener, app.into_make_service_with_connect_info::<Peer>()).await
 }
@@ -76,7 +86,7 @@ async fn evidence(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Json(request): Json<EvidenceRequest>,
 ) -> Response {
-    match doors.attest.challenge(request.nonce, peer.binding.clone()).await {
+    match doors.attest.challenge(request.nonce, peer.binding.clone(), request.have).await {
         Ok(stream) => {
             limited!(Kind::Answered, info, verifier = %peer.verifier, bytes = stream.len(), "answered a challenge");
             ([(header::CONTENT_TYPE, MEDIA_TYPE)], Body::from(stream)).into_response()

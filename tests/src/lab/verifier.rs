@@ -147,6 +147,18 @@ impl World {
         self.verifier(&["attest", Self::HOST, "--json"])
     }
 
+    /// Asks the host once: the verdict whatever it is, and the bytes of evidence that came for it.
+    ///
+    /// # Errors
+    /// The verifier gives none.
+    pub fn attest_counted(&self) -> Result<(Verdict, u64)> {
+        let run = self.attest()?;
+        let said = run.errors.split("evidence received bytes=").nth(1);
+        let said = said.with_context(|| format!("the verifier does not say what it received: {}", run.errors))?;
+        let digits: String = said.chars().take_while(char::is_ascii_digit).collect();
+        Ok((Verdict::of(&run)?, digits.parse()?))
+    }
+
     /// Asks the host once, for the verdict whatever it is.
     ///
     /// # Errors

@@ -146,12 +146,28 @@ impl Received {
         Self::parse(&expanded)
     }
 
+    /// As [`Self::read`], of a stream whose logs may go on where those of `before` end.
+    ///
+    /// # Errors
+    /// The finding.
+    pub fn read_onto(compressed: &[u8], before: &Evidence) -> Result<Self, Finding> {
+        let expanded = stream::expand(compressed, stream::MAX_EXPANDED).map_err(|e| malformed(&e))?;
+        let evidence = Evidence::parse_onto(&expanded, before).map_err(|e| malformed(&e))?;
+        Ok(Self { evidence })
+    }
+
     /// Reads an expanded stream.
     ///
     /// # Errors
     /// The finding.
     pub fn parse(expanded: &[u8]) -> Result<Self, Finding> {
         Evidence::parse(expanded).map(|evidence| Self { evidence }).map_err(|e| malformed(&e))
+    }
+
+    /// What the stream holds, to be kept.
+    #[must_use]
+    pub fn into_evidence(self) -> Evidence {
+        self.evidence
     }
 
     /// What the stream holds.

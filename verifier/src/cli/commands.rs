@@ -106,6 +106,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
             if let (Some(path), Some(evidence)) = (&save, &round.evidence) {
                 write(path, evidence)?;
             }
+            // Not part of the verdict: how much was new since the last time.
+            tracing::info!(bytes = round.received, "evidence received");
             show(&round.verdict, json)?;
             return Ok(exit_code(&round.verdict));
         }

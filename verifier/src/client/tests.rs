@@ -97,7 +97,7 @@ async fn ask_once(server: &Server, host: &str, identity: &Identity) -> Result<An
     let host = host.parse().unwrap();
     let url = server.url();
     let target = Target { host: &host, url: &url, certificate: &server.certificate };
-    ask(target, identity, &nonce(3), Duration::from_secs(10)).await
+    ask(target, identity, &nonce(3), &Have::default(), Duration::from_secs(10)).await
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn failures_are_told_apart() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (host, url) = ("host-1".parse().unwrap(), format!("https://{}", silent.local_addr().unwrap()));
     let target = Target { host: &host, url: &url, certificate: &own.certificate };
-    let e = ask(target, &own, &nonce(1), Duration::from_millis(50)).await.unwrap_err();
+    let e = ask(target, &own, &nonce(1), &Have::default(), Duration::from_millis(50)).await.unwrap_err();
     assert!(matches!(e, AskError::Timeout(_)));
 }
 

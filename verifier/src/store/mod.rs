@@ -128,6 +128,12 @@ pub trait Store: Send + Sync + 'static {
     /// Forgets challenges that expired before `before`.
     fn prune(&self, before: TimeMs) -> impl Future<Output = Result<(), StoreError>> + Send;
 
+    /// The host's last evidence that was accepted, as a whole stream.
+    fn evidence(&self, id: &HostId) -> impl Future<Output = Result<Option<Vec<u8>>, StoreError>> + Send;
+
+    /// Keeps this evidence in place of the last. It saves sending, and nothing rests on it: whoever keeps it last may do so.
+    fn keep_evidence(&self, id: &HostId, stream: &[u8]) -> impl Future<Output = Result<(), StoreError>> + Send;
+
     /// Writes verdict and, if there is a new one, state, provided that the host still has this version. Tells whether
     /// it had.
     fn commit(

@@ -19,7 +19,7 @@ use super::{Enrolment, Host, NonceUse, Store, StoreError};
 use crate::{appraise::state::HostState, result::Verdict};
 
 /// One step a version; the database's `user_version` counts the steps taken.
-const MIGRATIONS: &[&str] = &[FIRST, ENROLMENT];
+const MIGRATIONS: &[&str] = &[FIRST, ENROLMENT, EVIDENCE];
 
 const FIRST: &str = "CREATE TABLE host (
         id TEXT PRIMARY KEY, url TEXT NOT NULL, ak BLOB NOT NULL, certificate BLOB NOT NULL,
@@ -56,6 +56,11 @@ const ENROLMENT: &str = "ALTER TABLE host ADD COLUMN ek BLOB;
     CREATE TABLE audit (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, time INTEGER NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL,
         host TEXT, result TEXT NOT NULL, detail TEXT NOT NULL
+    ) STRICT;";
+
+/// The last evidence that was accepted of each host, so that only what is new need be sent.
+const EVIDENCE: &str = "CREATE TABLE evidence (
+        host TEXT PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE, stream BLOB NOT NULL
     ) STRICT;";
 
 /// The store.
@@ -208,6 +213,20 @@ impl Store for Sqlite {
     async fn prune(&self, before: TimeMs) -> Result<(), StoreError> {
         let query = sqlx::query("DELETE FROM nonce WHERE expires < ?").bind(number(before)).execute(&self.pool);
         query.await.map_err(failed("forgetting old challenges")).map(|_| ())
+    }
+
+    async fn evidence(&self, id: &HostId) -> Result<Option<Vec<u8>>, StoreError> {
+        let row = sqlx::query("SELECT stream FROM evidence WHERE host = ?").bind(id.as_str());
+        let row = row.fetch_optional(&self.pool).await.map_err(failed("reading evidence"))?;
+        Ok(row.map(|row| row.get("stream")))
+    }
+
+    async fn keep_evidence(&self, id: &HostId, stream: &[u8]) -> Result<(), StoreError> {
+        // A host that was removed meanwhile has no place for it.
+        let sql = "INSERT INTO evidence (host, stream) SELECT id, ?2 FROM host WHERE id = ?1
+            ON CONFLICT (host) DO UPDATE SET stream = ?2";
+        let query = sqlx::query(sql).bind(id.as_str()).bind(stream).execute(&self.pool);
+        query.await.map_err(failed("keeping evidence")).map(|_| ())
     }
 
     async fn commit(

@@ -11,7 +11,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use onequote_evidence::id::{HostId, Nonce};
+use onequote_evidence::{
+    id::{HostId, Nonce},
+    stream::Have,
+};
 use onequote_tests::lab::{Bare, Guest, Machine, Options, Peer, TpmCommand, TpmRelay, VmSpec, World};
 use onequote_verifier::client::{self, Target};
 use onequote_verifier::enrol::{Identity, read_enrolment};
@@ -190,7 +193,7 @@ impl Asker {
     fn round(&self) -> Result<usize> {
         let target = Target { host: &self.host, url: &self.url, certificate: &self.certificate };
         let nonce = Nonce::new(uuid::Uuid::new_v4().as_bytes().repeat(2)).context("32 bytes are a nonce")?;
-        let answer = self.runtime.block_on(client::ask(target, &self.identity, &nonce, LIMIT))?;
+        let answer = self.runtime.block_on(client::ask(target, &self.identity, &nonce, &Have::default(), LIMIT))?;
         Ok(answer.evidence.len())
     }
 }

@@ -7,7 +7,7 @@ use onequote_evidence::{
     pcr::{self, RegisterValue},
     record::Record,
     statement::Statement,
-    stream::Guest,
+    stream::{Evidence, Guest, Item, Pieces},
     tpm::Public,
 };
 use proptest::prelude::*;
@@ -437,4 +437,36 @@ proptest! {
         let _ = Received::read(&bytes);
         let _ = Received::parse(&bytes);
     }
+}
+
+/// The proxy goes on where the verifier's last evidence ended; what is judged is all of it.
+#[test]
+fn evidence_onto_what_came_before_is_replayed_whole() {
+    let world = World::with_two_vms();
+    let parts = world.quote(&nonce(1), untouched);
+    let before = Received::parse(&parts.stream()).unwrap().into_evidence();
+    let rest = {
+        let mut rest = Pieces::default();
+        rest.push_log(Item::HostIma, before.host_ima.len() as u64, &[]);
+        rest.push_log(Item::Records, before.records.len() as u64, &[]);
+        rest.push_dictionary(before.dictionary.len() as u64, []);
+        for list in &before.guests {
+            rest.push_guest(&Guest { first: list.entries.len() as u64, entries: Vec::new(), ..*list });
+        }
+        rest.stream(parts.head.clone())
+    };
+    let judged = |before: &Evidence| {
+        let whole = Evidence::parse_onto(&rest, before).unwrap();
+        world.judge_stream(&whole.stream(), &nonce(1)).unwrap()
+    };
+    assert!(before.guests.iter().any(|list| !list.entries.is_empty()));
+    assert_eq!(judged(&before).verdict, world.judge(&parts).verdict);
+    // A proxy that goes on with a log that is not its own.
+    let mut other = before.clone();
+    let last = other.records.len() - 1;
+    other.records[last] ^= 1;
+    assert!(!judged(&other).verdict.host.findings.is_empty());
+    let mut other = before.clone();
+    other.guests.iter_mut().flat_map(|list| list.entries.first_mut()).for_each(|reference| *reference = 1);
+    assert!(judged(&other).verdict.vms.iter().any(|vm| !vm.findings.is_empty()));
 }

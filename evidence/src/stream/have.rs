@@ -1,0 +1,220 @@
+//! What a verifier has of a host's logs already, so that it is not sent again.
+//!
+//! Every log only grows, so what was received once is a beginning of what there is now, as long as it is the same log: the
+//! digest says that. Nothing rests on this for truth: whoever puts a stream onto what it has replays the whole of it to
+//! the registers of the quote, and a piece that does not fit gives a log that does not replay.
+
+use sha2::{Digest as _, Sha256 as Hasher};
+
+use super::{Evidence, Guest, Item, MAX_EXPANDED, Pieces, WHAT};
+use crate::{
+    Malformed, MalformedKind,
+    id::{SessionId, Sha256, VmId},
+};
+
+/// The most guests' lists in a [`Have`]; of more than that, the rest is sent again.
+pub const MAX_KNOWN_GUESTS: usize = 4096;
+
+/// The beginnings of logs that a verifier has. What is left out is not there, or not wanted to be relied on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields, default))]
+pub struct Have {
+    /// Of the firmware's event log, in bytes.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    pub firmware: Option<Known>,
+    /// Of the host's IMA list, in bytes.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    pub host_ima: Option<Known>,
+    /// Of the measurement log, in bytes.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    pub records: Option<Known>,
+    /// Of the dictionary, in entries.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    pub dictionary: Option<Known>,
+    /// Of guests' lists, in references; they are those of this dictionary.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Vec::is_empty"))]
+    pub guests: Vec<KnownGuest>,
+}
+
+/// The beginning of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub struct Known {
+    /// How much of it: bytes, entries or references.
+    pub len: u64,
+    /// SHA-256 of that.
+    pub digest: Sha256,
+}
+
+/// The beginning of one guest's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub struct KnownGuest {
+    /// The VM.
+    pub vm: VmId,
+    /// Its QEMU process.
+    pub session: SessionId,
+    /// Which boot of it.
+    pub boot: u32,
+    /// How much.
+    pub known: Known,
+}
+
+impl Known {
+    /// Of a log in bytes.
+    #[must_use]
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self { len: bytes.len() as u64, digest: finish(Hasher::new_with_prefix(bytes)) }
+    }
+
+    /// Of a dictionary: the digest is over each entry's length, a little-endian u64, and the entry.
+    pub fn of_entries<'a>(entries: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let (mut hasher, mut len) = (Hasher::new(), 0);
+        for entry in entries {
+            hasher.update((entry.len() as u64).to_le_bytes());
+            hasher.update(entry);
+            len += 1;
+        }
+        Self { len, digest: finish(hasher) }
+    }
+
+    /// Of a list of references: the digest is over each as a little-endian u32.
+    #[must_use]
+    pub fn of_references(references: &[u32]) -> Self {
+        let mut hasher = Hasher::new();
+        for reference in references {
+            hasher.update(reference.to_le_bytes());
+        }
+        Self { len: references.len() as u64, digest: finish(hasher) }
+    }
+
+    /// Its length, if it is the beginning of a log with `len` parts whose first `n` are described by `of(n)`. Nothing
+    /// known is the beginning of every log.
+    fn begins(known: Option<Self>, len: usize, of: impl FnOnce(usize) -> Self) -> usize {
+        let Some(known) = known else { return 0 };
+        match usize::try_from(known.len) {
+            Ok(count) if count <= len && of(count) == known => count,
+            _ => 0,
+        }
+    }
+
+    /// How many bytes of `log` need not be sent.
+    #[must_use]
+    pub fn bytes_of(known: Option<Self>, log: &[u8]) -> usize {
+        Self::begins(known, log.len(), |count| Self::of_bytes(&log[..count]))
+    }
+
+    /// How many entries of a dictionary need not be sent.
+    #[must_use]
+    pub fn entries_of<T: AsRef<[u8]>>(known: Option<Self>, entries: &[T]) -> usize {
+        Self::begins(known, entries.len(), |count| Self::of_entries(entries[..count].iter().map(AsRef::as_ref)))
+    }
+
+    /// How many references of a list need not be sent.
+    #[must_use]
+    pub fn references_of(known: Option<Self>, references: &[u32]) -> usize {
+        Self::begins(known, references.len(), |count| Self::of_references(&references[..count]))
+    }
+}
+
+fn finish(hasher: Hasher) -> Sha256 {
+    Sha256(hasher.finalize().into())
+}
+
+impl Have {
+    /// What is had by who has this evidence.
+    #[must_use]
+    pub fn of(evidence: &Evidence) -> Self {
+        let bytes = |log: &[u8]| (!log.is_empty()).then(|| Known::of_bytes(log));
+        let entries = || evidence.dictionary.iter().map(|entry| entry.0.as_slice());
+        Self {
+            firmware: bytes(&evidence.firmware),
+            host_ima: bytes(&evidence.host_ima),
+            records: bytes(&evidence.records),
+            dictionary: (!evidence.dictionary.is_empty()).then(|| Known::of_entries(entries())),
+            guests: evidence.guests.iter().take(MAX_KNOWN_GUESTS).map(known_guest).collect(),
+        }
+    }
+
+    /// What is had of one guest's list.
+    #[must_use]
+    pub fn guest(&self, vm: VmId, session: SessionId, boot: u32) -> Option<Known> {
+        let found = self.guests.iter().find(|g| (g.vm, g.session, g.boot) == (vm, session, boot));
+        found.map(|guest| guest.known)
+    }
+}
+
+fn known_guest(guest: &Guest) -> KnownGuest {
+    let known = Known::of_references(&guest.entries);
+    KnownGuest { vm: guest.vm, session: guest.session, boot: guest.boot, known }
+}
+
+/// A log as it is put together: from its start, or onto what there was before.
+pub(super) struct Growing<'a, T> {
+    before: &'a [T],
+    /// None until the first piece came.
+    now: Option<Vec<T>>,
+    /// Whether it goes on where `before` ends.
+    onto: bool,
+}
+
+impl<'a, T: Clone> Growing<'a, T> {
+    pub(super) fn new(before: &'a [T]) -> Self {
+        Self { before, now: None, onto: false }
+    }
+
+    /// Adds a piece; tells whether it begins where the log ends so far.
+    pub(super) fn add(&mut self, first: u64, part: Vec<T>) -> bool {
+        let now = match &mut self.now {
+            Some(now) => now,
+            None => {
+                self.onto = first != 0;
+                self.now.insert(if self.onto { self.before.to_vec() } else { Vec::new() })
+            }
+        };
+        if first != now.len() as u64 {
+            return false;
+        }
+        now.extend(part);
+        true
+    }
+
+    /// Whether it goes on where the log before ended.
+    pub(super) fn onto(&self) -> bool {
+        self.onto
+    }
+
+    pub(super) fn finish(self) -> Vec<T> {
+        self.now.unwrap_or_default()
+    }
+}
+
+impl Evidence {
+    /// The stream of all of it, every log from its start, not yet compressed.
+    #[must_use]
+    pub fn stream(&self) -> Vec<u8> {
+        let mut pieces = Pieces::default();
+        pieces.push_log(Item::Firmware, 0, &self.firmware);
+        pieces.push_log(Item::HostIma, 0, &self.host_ima);
+        pieces.push_log(Item::Records, 0, &self.records);
+        pieces.push_dictionary(0, self.dictionary.iter().cloned());
+        for guest in &self.guests {
+            pieces.push_guest(guest);
+        }
+        pieces.stream(self.head.clone())
+    }
+
+    /// Reads an expanded stream whose logs begin at their start or where those of `before` end.
+    ///
+    /// # Errors
+    /// As [`Self::parse`]; also when all of it together is more than a stream may hold.
+    pub fn parse_onto(bytes: &[u8], before: &Self) -> Result<Self, Malformed> {
+        let whole = Self::parse_from(bytes, Some(before))?;
+        let entries: usize = whole.dictionary.iter().map(|entry| entry.0.len()).sum();
+        let references: usize = whole.guests.iter().map(|guest| size_of_val(guest.entries.as_slice())).sum();
+        match whole.firmware.len() + whole.host_ima.len() + whole.records.len() + entries + references {
+            0..=MAX_EXPANDED => Ok(whole),
+            _ => Err(Malformed::new(WHAT, bytes.len(), MalformedKind::TooLarge { limit: MAX_EXPANDED })),
+        }
+    }
+}
