@@ -39,7 +39,7 @@ use crate::{
         FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig, RecorderError,
         StoreError,
     },
-    measure,
+    measure, notify,
     serve::{Deleting, Doors, ReadPast, TlsListener, publish_address, serve_admin, serve_verifiers},
     sink::{BoxFuture, EventSink, SinkError},
     status::{LiveStatus, StatusSource},
@@ -271,6 +271,9 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         None => warn!("ready, but nobody can ask: the configuration names no verifier, and none was joined"),
     }
     tasks.spawn(watch_epoch(log));
+    if let Err(e) = notify::ready() {
+        warn!("the service manager cannot be told that the proxy is ready: {e}");
+    }
 
     let ended = tokio::select! {
         ended = tasks.join_next() => ended,

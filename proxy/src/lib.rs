@@ -17,6 +17,7 @@ pub mod launch;
 pub mod log;
 pub mod measure;
 pub mod nbd;
+mod notify;
 pub mod qmp;
 pub mod rate;
 pub mod serve;

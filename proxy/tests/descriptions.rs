@@ -17,7 +17,18 @@ fn folder() -> tempfile::TempDir {
     let run = folder.path().join("run");
     let config = format!("host_id = \"h\"\nrun_dir = {run:?}\n[tpm]\ntcti = \"device:/dev/tpmrm0\"\n");
     fs::write(folder.path().join("proxy.toml"), config).unwrap();
-    for file in ["vmlinux", "vmlinuz", "initrd", "initrd.img", "disk.img", "vars.fd", "overlay.qcow2", "base.qcow2"] {
+    for file in [
+        "vmlinux",
+        "vmlinuz",
+        "initrd",
+        "initrd.img",
+        "disk.img",
+        "vars.fd",
+        "overlay.qcow2",
+        "base.qcow2",
+        "boot.img",
+        "root.img",
+    ] {
         fs::write(folder.path().join(file), "x").unwrap();
     }
     folder
@@ -57,7 +68,8 @@ fn dry_run(folder: &Path, text: &str) -> Vec<String> {
 fn the_ready_descriptions_are_put_into_words() {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../qemu-configs");
     let mut seen = 0;
-    for entry in fs::read_dir(configs).unwrap() {
+    let entries = [&configs, &configs.join("nested-host")].map(|folder| fs::read_dir(folder).unwrap());
+    for entry in entries.into_iter().flatten() {
         let path = entry.unwrap().path();
         if path.extension().is_none_or(|e| e != "toml") {
             continue;
@@ -77,7 +89,7 @@ fn the_ready_descriptions_are_put_into_words() {
         assert!(files >= 3, "{}", path.display());
         seen += 1;
     }
-    assert_eq!(seen, 3);
+    assert_eq!(seen, 4);
 }
 
 #[test]
