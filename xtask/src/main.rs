@@ -1,4 +1,4 @@
-//! `cargo xtask demo | test | bench | fuzz`: sets up what is missing, builds, then does it.
+//! `cargo xtask demo | nested | test | bench | fuzz | package`: sets up what is missing, builds, then does it.
 //!
 //! This program needs nothing but cargo and a C linker to build: what the rest of the workspace needs (the TSS,
 //! QEMU, a software TPM, …) is looked for here, and as root on Debian installed. Once it is there, nothing needs root.
@@ -30,6 +30,15 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<OsString>,
     },
+    /// A host that is itself a VM, with UEFI firmware, TPM, IMA and VMs of its own, attested from outside. Further options go
+    /// to it: see `cargo xtask nested --help`.
+    #[command(disable_help_flag = true)]
+    Nested {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<OsString>,
+    },
+    /// Builds the shim's Debian packages.
+    Package,
     /// Format, lints, unit tests, end-to-end tests on real QEMU.
     Test {
         /// Leave out the tests that boot VMs.
@@ -61,7 +70,15 @@ fn main() -> Result<ExitCode> {
         Task::Setup => setup::ensure()?,
         Task::Demo { options } => {
             setup::ensure()?;
-            return steps::demo(&options);
+            return steps::play("demo", &options);
+        }
+        Task::Nested { options } => {
+            setup::ensure()?;
+            return steps::play("nested", &options);
+        }
+        Task::Package => {
+            setup::ensure()?;
+            steps::package()?;
         }
         Task::Test { quick } => {
             setup::ensure()?;

@@ -35,6 +35,8 @@ const NEEDS: &[(Probe, &str)] = &[
     (Probe::Program("cc"), "build-essential"),
     (Probe::Program("objcopy"), "binutils"),
     (Probe::Program("mke2fs"), "e2fsprogs"),
+    (Probe::Program("mmdebstrap"), "mmdebstrap"),
+    (Probe::Program("dpkg-deb"), "dpkg"),
     (Probe::Program("mformat"), "mtools"),
     (Probe::Program("setpriv"), "util-linux"),
     (Probe::File("/usr/lib/systemd/boot/efi/linuxx64.efi.stub"), "systemd-boot-efi"),

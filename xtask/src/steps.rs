@@ -21,12 +21,28 @@ const SHIM_LIMIT: u64 = 1_200_000;
 /// Tests with this in their name boot VMs.
 const BOOTS: &str = "vm_";
 
-/// Builds everything and runs the demo.
-pub(crate) fn demo(options: &[OsString]) -> Result<ExitCode> {
+/// Builds everything and runs the demo, or another program of the lab.
+pub(crate) fn play(program: &str, options: &[OsString]) -> Result<ExitCode> {
     build(false)?;
     let mut command = cargo("run");
-    command.args(["--quiet", "--package", "onequote-tests", "--bin", "demo", "--"]).args(options);
+    command.args(["--quiet", "--package", "onequote-tests", "--bin", program, "--"]).args(options);
     pass_on(&mut command)
+}
+
+/// Builds the shim and makes its Debian packages, in the target folder.
+pub(crate) fn package() -> Result<()> {
+    run(&mut shim())?;
+    let target = target_folder()?;
+    let folder = target.join("package");
+    fs::create_dir_all(&folder)?;
+    let mut build = Command::new("sh");
+    build.arg(workspace().join("guest-shim/debian/build.sh"));
+    build.arg(target.join(SHIM_TARGET).join("shim/onequote-shim")).arg(env!("CARGO_PKG_VERSION")).arg(&folder);
+    run(&mut build)?;
+    for item in fs::read_dir(&folder)? {
+        println!("{}", item?.path().display());
+    }
+    Ok(())
 }
 
 /// Builds for speed and runs the benches.
