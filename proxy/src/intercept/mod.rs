@@ -33,6 +33,8 @@ mod commands;
 mod door;
 mod files;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod measured;
 mod outbound;
 mod pass;

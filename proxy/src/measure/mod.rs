@@ -48,6 +48,8 @@ pub use digest::{Digested, Digester, MeasureLimits, Progress, Reading, Updated, 
 pub use error::{MeasureError, MeasureErrorKind};
 pub use file::{MeasuredFile, Saved, Stamp};
 pub(crate) use file::{measure_named, measure_path};
+#[cfg(fuzzing)]
+pub use loaded::fuzz_elf;
 pub use machine::{Execution, Machine};
 pub use process::{Held, Process};
 pub use program::Program;

@@ -17,6 +17,23 @@ use onequote_evidence::{
 
 const DOC: &str = include_str!("../../../docs/formats.md");
 
+/// Arguments of QEMU that name files in as many ways.
+const ARGUMENTS: [(&str, &[&str]); 4] = [
+    ("drive", &["-drive", "file=a,,b.raw,format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d"]),
+    ("blockdev", &["-blockdev", "{\"driver\":\"file\",\"filename\":\"x\",\"node-name\":\"n\"}"]),
+    ("loader", &["-device", "loader,file=blob,addr=0x1000", "-fw_cfg", "name=opt/x,file=y", "-L", "/share"]),
+    ("object", &["-object", "memory-backend-file,id=m,mem-path=/m,size=1M", "-kernel", "k", "-append", "a b"]),
+];
+
+/// What clients say at a monitor.
+const COMMANDS: [&str; 5] = [
+    "{\"execute\": \"qmp_capabilities\", \"arguments\": {\"enable\": [\"oob\"]}}",
+    "{'execute': 'human-monitor-command', 'arguments': {'command-line': 'info \\'x\\''}, 'id': [1, null]}",
+    "{\"exec-oob\": \"migrate-pause\", \"id\": {\"a\": 1.5e300}}",
+    "{\"execute\": \"blockdev-add\", \"arguments\": {\"driver\": \"file\", \"filename\": \"/x\"}} {}",
+    "[1, 2] \u{ff} {\"execute\"",
+];
+
 fn main() {
     for block in DOC.split("\n```hex ").skip(1) {
         let (name, rest) = block.split_once('\n').expect("an example has a name");
@@ -48,6 +65,28 @@ fn main() {
         log.extend(Record::new(i as u64, 12, &[HashAlg::Sha256], &[event(body)]).to_bytes());
     }
     write("record", "log", &log);
+    for name in ["q35", "microvm", "uefi"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../qemu-configs");
+        let read = |ending: &str| fs::read(folder.join(format!("{name}.{ending}"))).expect("a configuration");
+        write("description", name, &read("toml"));
+        write("arguments", name, &[b"-readconfig\0x\0\0", read("cfg").as_slice()].concat());
+    }
+    for (name, words) in ARGUMENTS {
+        write("arguments", name, words.join("\0").as_bytes());
+    }
+    for (number, line) in COMMANDS.iter().enumerate() {
+        write("monitor_command", &number.to_string(), format!("\x07{line}\n").as_bytes());
+    }
+    write("description", "tcg", b"memory = \"64M\"\naccelerator = \"tcg\"\nkernel = \"exe\"\n[[disk]]\npath = \"exe\"\nformat = \"raw\"\n");
+    write("elf", "own", &own_program());
+    write("saved_tree", "mixed", &[1, 0, 0, 1]);
+}
+
+/// The beginning of this program, which is an ELF file.
+fn own_program() -> Vec<u8> {
+    let mut program = fs::read("/proc/self/exe").expect("this program");
+    program.truncate(4096);
+    program
 }
 
 fn write(target: &str, name: &str, bytes: &[u8]) {

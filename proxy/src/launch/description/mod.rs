@@ -276,8 +276,17 @@ impl Description {
         if text.len() as u64 > MAX_SIZE {
             return Err(unreadable(io::Error::other(format!("it is longer than {MAX_SIZE} bytes"))));
         }
-        let file = std::path::absolute(path).map_err(unreadable)?;
-        let keys = toml::from_str(&text)
+        Self::parse(&text, path)
+    }
+
+    /// Checks a description's text. `path` is where it stands: errors name it, and relative paths begin at its folder.
+    ///
+    /// # Errors
+    /// [`DescriptionError`], naming file, line and key.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, DescriptionError> {
+        let file =
+            std::path::absolute(path).map_err(|error| DescriptionError::Read { path: path.to_owned(), error })?;
+        let keys = toml::from_str(text)
             .map_err(|error| DescriptionError::Parse { path: path.to_owned(), error: Box::new(error) })?;
         let folder = file.parent().unwrap_or(Path::new("/")).to_owned();
         let description = Self { file, folder, keys };

@@ -277,6 +277,23 @@ fn is_multiboot(head: &[u8]) -> bool {
         .any(|at| word(at) == MAGIC && MAGIC.wrapping_add(word(at + 4)).wrapping_add(word(at + 8)) == 0)
 }
 
+/// Reads an ELF file's segments, as fuzzing does.
+///
+/// # Panics
+/// When a segment lies outside of the file or of the address space.
+#[cfg(fuzzing)]
+pub fn fuzz_elf(file: &[u8]) {
+    let size = file.len() as u64;
+    let read = |at: u64, len: usize| {
+        assert!(len <= 256 * 64);
+        let at = usize::try_from(at).unwrap_or(usize::MAX).min(file.len());
+        Ok::<_, ElfError>(file[at..].iter().take(len).copied().collect())
+    };
+    for segment in elf::segments(size, read).unwrap_or_default() {
+        assert!(segment.offset + segment.size <= size && segment.address.checked_add(segment.size).is_some());
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {

@@ -1,7 +1,5 @@
 //! What a look at a VM costs.
 
-use std::time::Instant;
-
 use super::world::*;
 use crate::vm::facts::Facts;
 
@@ -36,38 +34,6 @@ async fn a_look_is_sixteen_commands() {
     let given = monitor.commands();
     assert_eq!(with_object.again(&monitor).await.unwrap().0, with_object);
     assert_eq!(monitor.commands() - given, COMMANDS);
-}
-
-/// Hundredths of seconds that a process or thread has run: fields 14 and 15 of its `stat`.
-fn ticks(of: &str) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{of}/stat")).unwrap();
-    let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
-    fields.map(|field| field.parse::<u64>().unwrap()).sum()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement: cargo test --release -p onequote-proxy --lib -- --ignored --nocapture what_a_look_costs"]
-async fn what_a_look_costs() {
-    const LOOKS: u32 = 500;
-    let world = World::new();
-    let qemu = qemu(&world);
-    let monitor = world.monitor("b.qmp").await;
-    let (facts, _) = Facts::ask(&monitor).await.unwrap();
-    let pid = qemu.id().unwrap();
-    let own = std::process::id();
-    let ticks = || (ticks(&format!("{pid}/task/{pid}")), ticks(&own.to_string()));
-    let (before, start) = (ticks(), Instant::now());
-    for _ in 0..LOOKS {
-        facts.again(&monitor).await.unwrap();
-    }
-    let (took, after) = (start.elapsed(), ticks());
-    let each = |ticks: u64| f64::from(u32::try_from(ticks).unwrap()) * 10_000.0 / f64::from(LOOKS);
-    eprintln!(
-        "one look: {} us; CPU: QEMU's main thread {} us, this process {} us",
-        (took / LOOKS).as_micros(),
-        each(after.0 - before.0),
-        each(after.1 - before.1)
-    );
 }
 
 /// Commands from the monitor's greeting to `cont`, both included: each costs QEMU some 0.4 ms, whoever waits for them.

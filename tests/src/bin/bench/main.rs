@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 
 mod images;
+mod looks;
 mod numbers;
 mod rounds;
 mod starts;
@@ -33,7 +34,7 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 10] = [
+const BENCHES: [(&str, Bench); 11] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
@@ -43,6 +44,7 @@ const BENCHES: [(&str, Bench); 10] = [
     ("image-changed", images::changed),
     ("image-shared", images::shared),
     ("gate", starts::gate),
+    ("looks", looks::cost),
     ("many-vms", starts::many),
 ];
 
