@@ -6,7 +6,7 @@ use onequote_evidence::stream::{Evidence, Item, Pieces, compress, expand};
 
 const LIMIT: usize = 1 << 20;
 
-// The first byte chooses between a compressed and an expanded stream.
+// The first byte chooses between a compressed and an expanded stream; an expanded one may also be two, the second onto the first.
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, data)) = data.split_first() else { return };
     if choice % 2 == 1 {
@@ -16,6 +16,7 @@ fuzz_target!(|data: &[u8]| {
         }
         return;
     }
+    onto_what_came_before(data);
     let Ok(evidence) = Evidence::parse(data) else { return };
     let mut pieces = Pieces::default();
     pieces.push_log(Item::Firmware, 0, &evidence.firmware);
@@ -28,3 +29,13 @@ fuzz_target!(|data: &[u8]| {
     let packed = compress(&again).expect("memory");
     assert_eq!(expand(&packed, again.len()), Ok(again));
 });
+
+/// A stream that goes on where another ended: whatever it says, what comes of it is whole.
+fn onto_what_came_before(data: &[u8]) {
+    let Some(cut) = data.first().map(|&cut| usize::from(cut)) else { return };
+    let Some((first, second)) = data[1..].split_at_checked(cut * data.len() / 256) else { return };
+    let Ok(before) = Evidence::parse(first) else { return };
+    if let Ok(whole) = Evidence::parse_onto(second, &before) {
+        assert_eq!(Evidence::parse(&whole.stream()), Ok(whole));
+    }
+}

@@ -9,6 +9,10 @@ use anyhow::{Context as _, Result, bail};
 
 use super::process;
 
+/// After how much silence an empty line is sent, which the guest ignores: an emulated serial port now and then forgets to ask
+/// its driver for more, and does so when something comes in.
+const POKE: Duration = Duration::from_secs(3);
+
 /// What a command in the guest answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
@@ -58,12 +62,14 @@ impl Console {
         stream.set_read_timeout(Some(Duration::from_millis(100)))?;
         stream.write_all(format!("{number} {command}\n").as_bytes())?;
         let start = Instant::now();
+        let mut heard = start;
         let mut bytes = Vec::new();
         let mut buffer = [0; 4096];
         loop {
             match stream.read(&mut buffer) {
                 Ok(0) => bail!("QEMU closed the console during `{command}`"),
                 Ok(count) => {
+                    heard = Instant::now();
                     bytes.extend(&buffer[..count]);
                     if let Some(answer) = find_answer(&String::from_utf8_lossy(&bytes), number) {
                         return Ok(answer);
@@ -71,6 +77,10 @@ impl Console {
                 }
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
                 Err(error) => return Err(error).context("the console broke"),
+            }
+            if heard.elapsed() > POKE {
+                heard = Instant::now();
+                stream.write_all(b"\n")?;
             }
             if start.elapsed() > limit {
                 bail!(

@@ -79,7 +79,7 @@ impl Machine {
 }
 
 /// The template with this host's accelerator and clock, and further words for the kernel.
-fn adapt(template: &str, accelerator: &str, khz: u64, append: &str) -> String {
+pub(super) fn adapt(template: &str, accelerator: &str, khz: u64, append: &str) -> String {
     let mut text = String::new();
     for line in template.lines() {
         let (key, value) = line.split_once(" = ").unwrap_or((line, ""));

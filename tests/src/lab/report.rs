@@ -21,12 +21,16 @@ pub(crate) fn print_logs(folder: &Path) {
 
 /// Notes that `what` was left out because of `why`: printed, and in the summary of `cargo xtask test`.
 pub fn skip(what: &str, why: &str) {
-    eprintln!("skipped: {what}: {why}");
+    note(&format!("skipped {what}: {why}"));
+}
+
+/// Notes what a test found out, such as a time or a size: printed, and in the summary of `cargo xtask test`.
+pub fn note(text: &str) {
+    eprintln!("{text}");
     if let Some(file) = std::env::var_os("ONEQUOTE_SKIPS") {
-        let line = format!("skipped {what}: {why}\n");
         let file = fs::File::options().create(true).append(true).open(file);
         // The summary would lack a line, nothing else.
-        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+        let _ = file.and_then(|mut file| file.write_all(format!("{text}\n").as_bytes()));
     }
 }
 

@@ -30,6 +30,8 @@ pub struct Tpm {
     process: Process,
     detached: bool,
     count: bool,
+    /// Socket at which a machine's QEMU finds it, instead of the socket of the TCTI.
+    machine: Option<PathBuf>,
 }
 
 impl Tpm {
@@ -40,7 +42,18 @@ impl Tpm {
     pub fn start(folder: &Path, detached: bool, count: bool) -> Result<Self> {
         fs::create_dir_all(folder.join("state"))?;
         let process = spawn(folder, detached, count, "startup-clear")?;
-        Ok(Self { folder: folder.to_owned(), process, detached, count })
+        Ok(Self { folder: folder.to_owned(), process, detached, count, machine: None })
+    }
+
+    /// Starts the TPM of a machine: QEMU gives it commands, by `socket`, and turns it on when the machine is turned on.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn for_machine(folder: &Path, socket: &Path, detached: bool) -> Result<Self> {
+        fs::create_dir_all(folder.join("state"))?;
+        let process = spawn_for_machine(folder, socket, detached)?;
+        let machine = Some(socket.to_owned());
+        Ok(Self { folder: folder.to_owned(), process, detached, count: true, machine })
     }
 
     /// As [`Self::start`], of a TPM that was manufactured by `swtpm_setup`: it has certificates for its endorsement keys
@@ -99,7 +112,10 @@ impl Tpm {
     /// It does not go or come.
     pub fn reset(&mut self) -> Result<()> {
         self.process.kill()?;
-        self.process = spawn(&self.folder, self.detached, self.count, "startup-clear")?;
+        self.process = match &self.machine {
+            None => spawn(&self.folder, self.detached, self.count, "startup-clear")?,
+            Some(socket) => spawn_for_machine(&self.folder, socket, self.detached)?,
+        };
         Ok(())
     }
 
@@ -186,6 +202,20 @@ fn spawn(folder: &Path, detached: bool, count: bool, startup: &str) -> Result<Pr
     wait::for_true("the TPM's sockets", Duration::from_secs(20), || {
         process.check_alive()?;
         Ok(wait::listens(&folder.join("tpm"))? && wait::listens(&folder.join("tpm.ctrl"))?)
+    })?;
+    Ok(process)
+}
+
+fn spawn_for_machine(folder: &Path, socket: &Path, detached: bool) -> Result<Process> {
+    let _ = fs::remove_file(socket);
+    let mut command = Command::new("swtpm");
+    command.args(["socket", "--tpm2", "--tpmstate", "dir=state", "--log", "file=commands.log,level=20", "--ctrl"]);
+    command.arg(format!("type=unixio,path={}", socket.display())).current_dir(folder);
+    let mut process = Process::spawn("swtpm", &command, &folder.join("swtpm.log"), detached)
+        .context("is the package swtpm installed?")?;
+    wait::for_true("the TPM's socket", Duration::from_secs(20), || {
+        process.check_alive()?;
+        wait::listens(socket)
     })?;
     Ok(process)
 }

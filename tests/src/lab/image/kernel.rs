@@ -25,6 +25,7 @@ pub(crate) const MODULES: [&str; 10] = [
 ];
 
 /// A kernel, unpacked.
+#[derive(Debug, Clone)]
 pub(crate) struct Kernel {
     /// The package's version.
     pub(crate) version: String,

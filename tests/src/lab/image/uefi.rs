@@ -46,6 +46,15 @@ pub(crate) fn prepare(cache: &Cache, kernel: &Kernel, initrd: &Path, disk: &Path
     Ok(place.join("base.qcow2"))
 }
 
+/// A disk from which the firmware starts this kernel, and nothing else: `disk`, with an EFI system partition.
+pub(crate) fn boot_disk(kernel: &Kernel, initrd: &Path, cmdline: &str, disk: &Path) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let unified = unified_image(scratch.path(), kernel, initrd, cmdline)?;
+    let files = [(unified.as_path(), "EFI/BOOT/BOOTX64.EFI")];
+    let esp = system_partition(scratch.path(), ESP_SIZE, &["EFI", "EFI/BOOT"], &files)?;
+    partitioned(disk, &[(0xef, &esp)])
+}
+
 /// systemd's stub with command line, kernel and initramfs as further sections, placed behind the stub's own.
 pub(crate) fn unified_image(folder: &Path, kernel: &Kernel, initrd: &Path, cmdline: &str) -> Result<PathBuf> {
     let (os_release, cmdline_file) = (folder.join("os-release"), folder.join("cmdline"));

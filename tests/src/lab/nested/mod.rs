@@ -1,0 +1,375 @@
+//! A whole host in a VM: UEFI firmware that measures, a TPM, Debian with systemd and IMA, our proxy as its service, KVM, and
+//! VMs of its own with the shim, reached over the kernel's AF_VSOCK.
+//!
+//! The verifier stays outside, in the [`World`]; so does the software TPM's process, as the chip is outside of what runs on a
+//! machine.
+
+mod image;
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use onequote_proxy::launch::try_accelerator;
+use serde_json::{Value, json};
+
+use super::console::{Answer, Console};
+use super::image::ext4;
+use super::machine::copy;
+use super::process::{self, Process};
+use super::qmp::Qmp;
+use super::tpm::Tpm;
+use super::trees::{ignoring, with_lines, without_table};
+use super::world::{Options, World};
+use super::{base64, machine, wait};
+
+const CONFIGURATION: &str = include_str!("../../../../qemu-configs/nested-host/nested-host.cfg");
+
+/// From power-on to systemd's units: 25 s on two idle cores under TCG.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+/// How long all guests of the host may take. A guest that hangs is told by the limit, and tried once more.
+const GUEST_LIMIT: Duration = Duration::from_secs(240);
+
+/// A host that is a VM.
+#[derive(Debug)]
+pub struct NestedHost {
+    // QEMU goes before its TPM.
+    qemu: Option<Process>,
+    tpm: Tpm,
+    folder: PathBuf,
+    parts: image::Parts,
+    guests: Vec<String>,
+    agent: Console,
+    /// Lines of a policy's rule that allow the files of its disk's tree.
+    rule: String,
+    detached: bool,
+    /// Accelerator and processor.
+    accelerator: (&'static str, &'static str),
+    started: Instant,
+}
+
+impl NestedHost {
+    /// A world for it: one without TPM and proxy of its own.
+    ///
+    /// # Errors
+    /// As [`World::with`].
+    pub fn world(keep: bool) -> Result<World> {
+        // No TPM is started, and none is asked for by that name.
+        World::with(Options { keep, tcti: Some("none".to_owned()), ..Options::default() })
+    }
+
+    /// Makes its disks and its TPM in the world's folder, with VMs of these names; nothing runs yet. The world's verifier
+    /// gets its identity.
+    ///
+    /// # Errors
+    /// A part cannot be made.
+    pub fn install(world: &World, guests: &[&str]) -> Result<Self> {
+        let folder = world.folder().join("host");
+        let detached = world.options.keep;
+        fs::create_dir_all(folder.join("agent"))?;
+        world.verifier(&["init"])?.success()?;
+        let parts = image::Parts::prepare(world.assets(), &folder)?;
+        copy(&parts.debian.root(), &folder.join("root.img"))?;
+        let guests: Vec<String> = guests.iter().map(|&name| name.to_owned()).collect();
+        let verifier = world.verifier_state().join("certificate.pem");
+        let host = image::Host { id: World::HOST, verifier: &verifier, guests: &guests };
+        host.install(world.assets(), &folder)?;
+        parts.boot_disk(&folder, image::CMDLINE)?;
+        let tree = tempfile::tempdir()?;
+        ext4::extract(&folder.join("root.img"), tree.path())?;
+        let (_, rule) = world.from_tree(&[tree.path()], &["/"], "host-files")?;
+        copy(Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd"), &folder.join("vars.fd"))
+            .context("the package ovmf is needed")?;
+        let accelerator = accelerator();
+        let mut text = machine::adapt(CONFIGURATION, accelerator.0, 0, "");
+        // A port that is free.
+        text = text.replace("127.0.0.1:20305-", "127.0.0.1:0-");
+        fs::write(folder.join("vm.cfg"), text)?;
+        let tpm = Tpm::for_machine(&folder.join("tpm"), &folder.join("tpm.sock"), detached)?;
+        let agent = Console::new(&folder.join("agent"));
+        Ok(Self { qemu: None, tpm, folder, parts, guests, agent, rule, detached, accelerator, started: Instant::now() })
+    }
+
+    /// Its folder: disks, `console.log`, `qemu.log`, `console.sock` with a shell of root behind it.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What runs it: `kvm` or `tcg`.
+    #[must_use]
+    pub fn accelerator(&self) -> &'static str {
+        self.accelerator.0
+    }
+
+    /// Names of its VMs.
+    #[must_use]
+    pub fn guests(&self) -> &[String] {
+        &self.guests
+    }
+
+    /// How many quotes its TPM has made.
+    ///
+    /// # Errors
+    /// The TPM's log is gone.
+    pub fn quotes(&self) -> Result<u64> {
+        self.tpm.quotes()
+    }
+
+    /// The process ids of all that runs for it, first those to be ended first.
+    #[must_use]
+    pub fn process_ids(&mut self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.qemu.iter().map(Process::id).collect();
+        ids.push(self.tpm.process().id());
+        ids
+    }
+
+    /// Turns it on.
+    ///
+    /// # Errors
+    /// QEMU cannot be started.
+    pub fn start(&mut self) -> Result<()> {
+        // It goes when its machine is turned off.
+        if self.tpm.process().exited()?.is_some() {
+            self.tpm.reset()?;
+        }
+        for file in ["agent/console.log", "console.log"] {
+            fs::write(self.folder.join(file), "")?;
+        }
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-readconfig", "vm.cfg"]);
+        command.args(["-cpu", self.accelerator.1, "-name", "nested-host"]);
+        command.args(["-qmp", "unix:qmp.sock,server=on,wait=off"]);
+        let agent = "socket,id=agent,path=agent/console.sock,server=on,wait=off,logfile=agent/console.log";
+        command.args(["-chardev", agent, "-device", "isa-serial,chardev=agent"]);
+        command.current_dir(&self.folder);
+        self.started = Instant::now();
+        let log = self.folder.join("qemu.log");
+        self.qemu = Some(Process::spawn("QEMU of the nested host", &command, &log, self.detached)?);
+        Ok(())
+    }
+
+    /// Waits until its system takes commands for the `boots`th time. Returns the time since it was turned on.
+    ///
+    /// # Errors
+    /// QEMU ends, or it does not come up in time.
+    pub fn wait_up(&mut self, boots: usize) -> Result<Duration> {
+        let agent = self.agent.clone();
+        let console = self.folder.join("console.log");
+        let qemu = self.qemu.as_mut().context("the nested host is off")?;
+        wait::for_true("the nested host to be up", BOOT_LIMIT, || {
+            qemu.check_alive()?;
+            let text = fs::read_to_string(&console).unwrap_or_default();
+            ensure!(!text.contains("Kernel panic"), "its console ends:\n{}", process::tail(&console, 30));
+            Ok(agent.boots() >= boots)
+        })
+        .with_context(|| format!("its console ends:\n{}", process::tail(&console, 20)))?;
+        Ok(self.started.elapsed())
+    }
+
+    /// Runs a line of shell on it, as root.
+    ///
+    /// # Errors
+    /// It fails, or there is no answer.
+    pub fn run(&mut self, line: &str) -> Result<String> {
+        let answer = self.ask(line)?;
+        ensure!(answer.status == 0, "`{line}` on the nested host: {answer:?}");
+        Ok(answer.output)
+    }
+
+    /// As [`Self::run`], whatever it ends with.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn ask(&mut self, line: &str) -> Result<Answer> {
+        self.qemu.as_mut().context("the nested host is off")?.check_alive()?;
+        self.agent.ask(&format!("sh {line}"), ANSWER_LIMIT)
+    }
+
+    /// Gives a command (of `image/init.sh`) to the guest of one of its VMs.
+    ///
+    /// # Errors
+    /// It fails, or there is no answer.
+    pub fn guest(&mut self, vm: &str, words: &str) -> Result<String> {
+        let answer = self.agent.ask(&format!("guest /srv/vm/{vm}/console.sock {words}"), ANSWER_LIMIT)?;
+        ensure!(answer.status == 0, "`{words}` in the guest of {vm}: {answer:?}");
+        Ok(answer.output)
+    }
+
+    /// Waits until its proxy answers and each of its VMs has a guest whose list arrived. A VM whose guest does not come is
+    /// started once more, which is said in the result.
+    ///
+    /// # Errors
+    /// The proxy does not come, or a guest does not in two times.
+    pub fn wait_guests(&mut self) -> Result<Vec<String>> {
+        let mut again = Vec::new();
+        let mut since = Instant::now();
+        loop {
+            let missing = self.missing_guests()?;
+            if missing.is_empty() {
+                return Ok(again);
+            }
+            if since.elapsed() > GUEST_LIMIT {
+                ensure!(again.is_empty(), "no list from the guests of {missing:?}: {}", self.state());
+                for vm in &missing {
+                    self.run(&format!("systemctl restart onequote-vm@{vm}"))?;
+                }
+                (again, since) = (missing, Instant::now());
+            }
+            // Each look is a command on the nested host, which has other things to do.
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
+    fn missing_guests(&mut self) -> Result<Vec<String>> {
+        let answer = self.ask("onequote-proxy status --json")?;
+        if answer.status != 0 {
+            // It starts.
+            return Ok(self.guests.clone());
+        }
+        let status: Value = serde_json::from_str(&answer.output).with_context(|| answer.output.clone())?;
+        let vms = status["vms"].as_array().cloned().unwrap_or_default();
+        let arrived =
+            |name: &String| vms.iter().any(|vm| vm["name"] == **name && vm["entries"].as_u64().unwrap_or(0) > 0);
+        Ok(self.guests.iter().filter(|name| !arrived(name)).cloned().collect())
+    }
+
+    /// For people: how its services are.
+    fn state(&mut self) -> String {
+        let line = "systemctl --no-pager --failed; journalctl --no-pager -n 60; tail -n 5 /srv/vm/*/console.log";
+        self.ask(line).map_or_else(|error| format!("{error:#}"), |answer| answer.output)
+    }
+
+    /// Where its proxy is reached from outside.
+    ///
+    /// # Errors
+    /// QEMU does not say.
+    pub fn url(&mut self) -> Result<String> {
+        let socket = self.folder.join("qmp.sock");
+        let mut monitor = Qmp::connect(&socket)?;
+        let said = monitor.execute("human-monitor-command", &json!({"command-line": "info usernet"}))?;
+        let said = said.as_str().unwrap_or_default();
+        let address = forwarded(said).with_context(|| format!("QEMU forwards no port: {said}"))?;
+        Ok(format!("https://{address}"))
+    }
+
+    /// A file of it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn read(&mut self, path: &str) -> Result<Vec<u8>> {
+        base64::decode(&self.run(&format!("base64 {path}"))?)
+    }
+
+    /// Puts a boot disk into its place whose kernel is told `words` as well; what is told at the next start.
+    ///
+    /// # Errors
+    /// The disk cannot be made.
+    pub fn tell_kernel(&self, words: &str) -> Result<()> {
+        self.parts.boot_disk(&self.folder, &format!("{} {words}", image::CMDLINE))
+    }
+
+    /// Shuts its system down and waits for QEMU to end.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn power_off(&mut self) -> Result<()> {
+        // Their guests do not listen to a power button; systemd would wait a minute and more for them.
+        for vm in self.guests.clone() {
+            self.run(&format!("onequote-proxy kill {vm}"))?;
+        }
+        // The answer may be cut by the end.
+        let _ = self.agent.ask("sh systemctl --no-block poweroff", ANSWER_LIMIT);
+        let mut qemu = self.qemu.take().context("the nested host is off")?;
+        let status = qemu.wait(BOOT_LIMIT)?;
+        if !status.success() {
+            bail!("QEMU of the nested host ended with {status}: {}", process::tail(qemu.log(), 10));
+        }
+        Ok(())
+    }
+}
+
+/// What a host for VMs writes and reads beside what a distribution does: its VMs' disks, its own log.
+const HOST_FILES: [&str; 2] = ["/srv/vm/*/*", "/var/lib/onequote/*"];
+
+impl World {
+    /// Puts a policy in force for the nested host: firmware rules and VMs as learnt from what runs now, the files that the host may
+    /// use from its disk's tree as it was before it ever ran. Registers are judged by firmware rules, not by their values.
+    ///
+    /// # Errors
+    /// The verifier cannot ask the host, or refuses.
+    pub fn set_nested_policy(&self, host: &NestedHost) -> Result<PathBuf> {
+        let lines = ignoring(&host.rule, &HOST_FILES)?;
+        self.set_learnt(|learnt| {
+            let policy = without_table(&learnt, "[host.registers]")?;
+            let policy = without_table(&policy, "[host.ima]")?;
+            with_lines(&policy, "[host]", &lines)
+        })
+    }
+
+    /// Enrols the nested host by hand, as an operator does who logs in there: its key and certificate are fetched.
+    ///
+    /// # Errors
+    /// The proxy there has none, or the verifier refuses.
+    pub fn enrol_nested(&self, host: &mut NestedHost, more: &[&str]) -> Result<()> {
+        let folder = host.folder().to_owned();
+        let mut arguments = vec!["enrol".to_owned(), Self::HOST.to_owned(), "--software-tpm".to_owned()];
+        for (option, file) in [("--ak", "ak.pub"), ("--certificate", "certificate.pem")] {
+            let content = host.read(&format!("/var/lib/onequote/{file}"))?;
+            let own = folder.join(file);
+            fs::write(&own, content)?;
+            arguments.extend([option.to_owned(), own.to_string_lossy().into_owned()]);
+        }
+        arguments.extend(["--url".to_owned(), host.url()?]);
+        arguments.extend(more.iter().map(|&word| word.to_owned()));
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        self.verifier(&words)?.success()?;
+        Ok(())
+    }
+}
+
+/// KVM where it runs stock kernels and nests; else TCG, whose emulated processor has SVM. Without AVX: what the kernel gains
+/// by it on a processor it loses many times over where each of these instructions is emulated.
+fn accelerator() -> (&'static str, &'static str) {
+    const KVM: (&str, &str) = ("kvm", "host");
+    const TCG: (&str, &str) = ("tcg", "max,avx=off,avx2=off");
+    let nests = || {
+        ["kvm_intel", "kvm_amd"].iter().any(|module| {
+            let file = format!("/sys/module/{module}/parameters/nested");
+            fs::read_to_string(file).is_ok_and(|value| matches!(value.trim(), "1" | "Y"))
+        })
+    };
+    match std::env::var("ONEQUOTE_ACCEL").as_deref() {
+        Ok("kvm") => KVM,
+        Ok("tcg") => TCG,
+        _ if nests() && try_accelerator("qemu-system-x86_64".as_ref(), "q35", "kvm", "host").is_ok() => KVM,
+        _ => TCG,
+    }
+}
+
+/// The address of this machine that leads to the proxy's port there, from QEMU's `info usernet`: protocol, descriptor,
+/// address, port, destination, port.
+fn forwarded(said: &str) -> Option<SocketAddr> {
+    let line = said.lines().find(|line| line.trim_start().starts_with("TCP[HOST_FORWARD]"))?;
+    let mut words = line.split_whitespace().skip(2);
+    let (address, port) = (words.next()?, words.next()?);
+    format!("{address}:{port}").parse().ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_forwarded_port_is_read_from_what_qemu_says() {
+        let said = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                    TCP[HOST_FORWARD]  15       127.0.0.1 34567       10.0.2.15 20305     0     0\r\n";
+        assert_eq!(forwarded(said).unwrap().to_string(), "127.0.0.1:34567");
+        assert_eq!(forwarded("nothing"), None);
+    }
+}

@@ -1,0 +1,103 @@
+//! A host with everything: UEFI firmware, TPM, Debian with systemd and IMA, the proxy as its service, KVM, and guests over
+//! AF_VSOCK. Attested from outside, then attacked in ways that need a real machine.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use onequote_tests::lab::{NestedHost, Verdict, World, note, wait};
+
+const LIMIT: Duration = Duration::from_secs(180);
+
+#[test]
+fn vm_that_is_a_host_is_attested_with_its_guests() {
+    let mut world = match NestedHost::world(false) {
+        Ok(world) => world,
+        Err(error) => panic!("no world for this test: {error:#}"),
+    };
+    if let Err(error) = play(&mut world) {
+        // The world prints its logs while it goes.
+        panic!("{error:#}");
+    }
+}
+
+fn play(world: &mut World) -> Result<()> {
+    let start = Instant::now();
+    let tell = |what: &str| eprintln!("{:6.1} s  {what}", start.elapsed().as_secs_f32());
+    let mut host = NestedHost::install(world, &["one", "two"])?;
+    tell(&format!("disks are made; the host runs by {}", host.accelerator()));
+    host.start()?;
+    host.wait_up(1)?;
+    tell("its system is up");
+    let again = host.wait_guests()?;
+    tell("both guests have reported");
+    if !again.is_empty() {
+        tell(&format!("of them {again:?} only when they were started once more"));
+    }
+
+    world.enrol_nested(&mut host, &[])?;
+    let (found, first) = world.attest_counted()?;
+    ensure!(found.host().has("host-without-policy", ""), "{found}");
+    world.set_nested_policy(&host)?;
+    let before = host.quotes()?;
+    let (found, second) = world.attest_counted()?;
+    ensure!(host.quotes()? == before + 1, "not one quote for host and guests");
+    tell(&format!("evidence: {first} bytes at first, then {second}"));
+    found.host().is("trusted")?;
+    ensure!(found.host().field("software_tpm") == true, "a software TPM that is not told: {found}");
+    for vm in ["one", "two"] {
+        found.vm(vm).is("trusted")?;
+    }
+    // What was asked of the host meanwhile is in it; what was sent before is not.
+    ensure!(second * 4 < first, "{second} bytes instead of {first}");
+
+    host.guest("one", "write /disk/bin/miner echo dig")?;
+    host.guest("one", "run /disk/bin/miner")?;
+    let found = until(world, |found| found.vm("one").has("ima-unknown-file", "/disk/bin/miner"))?;
+    found.vm("one").is("untrusted")?;
+    found.vm("two").is("trusted")?;
+    found.host().is("trusted")?;
+    tell("an unknown program in a guest is found");
+
+    // As an update does: another file under the name.
+    host.run("cd /usr/local/sbin && cp onequote-proxy new && echo >>new && mv new onequote-proxy")?;
+    host.run("systemctl restart onequote-proxy")?;
+    let found = until(world, |found| found.host().has("ima-wrong-digest", "/usr/local/sbin/onequote-proxy"))?;
+    found.host().is("untrusted")?;
+    ensure!(found.vm("two").state() != "trusted", "a VM is better than its host: {found}");
+    tell("another proxy is found");
+
+    host.power_off()?;
+    host.tell_kernel("lab.other=1")?;
+    host.start()?;
+    host.wait_up(1)?;
+    host.wait_guests()?;
+    tell("the host is up with another kernel image");
+    world.enrol_nested(&mut host, &["--replace"])?;
+    let (found, third) = world.attest_counted()?;
+    found.host().is_untrusted_for("boot-image", "BOOTX64.EFI")?;
+    tell(&format!("another kernel is found; {third} bytes"));
+    note(&format!(
+        "nested: {:.0} s by {}; evidence of {first} bytes at first, {second} in steady state, {third} after a reboot",
+        start.elapsed().as_secs_f32(),
+        host.accelerator()
+    ));
+    for vm in again {
+        note(&format!("nested: the guest of {vm} hung at first and was started once more"));
+    }
+    // Another boot is another log: nothing that was sent before says anything about it.
+    ensure!(third > second * 4, "{third} bytes instead of {second}");
+    Ok(())
+}
+
+/// Asks until it is so.
+fn until(world: &World, condition: impl Fn(&Verdict) -> bool) -> Result<Verdict> {
+    let mut last = None;
+    let found = wait::until("the finding", LIMIT, || {
+        // The proxy may be starting.
+        let Ok(found) = world.verdict() else { return Ok(None) };
+        let found = last.insert(found);
+        Ok(condition(found).then(|| found.clone()))
+    });
+    found.with_context(|| format!("last verdict: {}", last.map_or_else(String::new, |found| found.to_string())))
+}
