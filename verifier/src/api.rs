@@ -307,7 +307,7 @@ mod tests {
         let host = Enrolment {
             id: "h1".parse().unwrap(),
             url: "https://127.0.0.1:1".into(),
-            ak: crate::appraise::testing::Ak::generate().public(),
+            ak: crate::appraise::testing::Ak::generate().unwrap().public(),
             certificate: identity.certificate.to_vec(),
             software_tpm: true,
         };

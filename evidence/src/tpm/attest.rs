@@ -140,17 +140,6 @@ impl PcrSelection {
     }
 
     #[cfg(test)]
-    pub(super) fn write(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&(self.banks.len() as u32).to_be_bytes());
-        for (alg, pcrs) in &self.banks {
-            out.extend_from_slice(&alg.to_be_bytes());
-            let bits = pcrs.iter().fold(0_u32, |bits, pcr| bits | 1 << pcr);
-            out.push(3);
-            out.extend_from_slice(&bits.to_le_bytes()[..3]);
-        }
-    }
-
-    #[cfg(test)]
     pub(super) fn of(bank: HashAlg, pcrs: &[u8]) -> Self {
         Self { banks: vec![(bank.tpm_id(), pcrs.iter().copied().collect())] }
     }

@@ -7,7 +7,11 @@
 mod attest;
 mod public;
 mod signature;
+#[cfg(feature = "software")]
+pub mod software;
 mod storage;
+#[cfg(any(test, feature = "software"))]
+pub mod write;
 
 pub use attest::{Attest, ClockInfo, PcrSelection};
 pub use public::{Attributes, EccPublic, KeyParameters, Public, RsaPublic, SigScheme};

@@ -2,30 +2,14 @@
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{
+    write::{ecdsa_signature, signing_public},
+    *,
+};
 use crate::{
     digest::HashAlg,
     pcr::{Register, Registers},
 };
-
-fn tpm2b(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
-}
-
-fn attest_bytes(attest: &Attest) -> Vec<u8> {
-    let mut out = 0xff54_4347_u32.to_be_bytes().to_vec();
-    out.extend_from_slice(&0x8018_u16.to_be_bytes());
-    out.extend_from_slice(&tpm2b(&attest.qualified_signer));
-    out.extend_from_slice(&tpm2b(&attest.extra_data));
-    out.extend_from_slice(&attest.clock.clock.to_be_bytes());
-    out.extend_from_slice(&attest.clock.reset_count.to_be_bytes());
-    out.extend_from_slice(&attest.clock.restart_count.to_be_bytes());
-    out.push(attest.clock.safe.into());
-    out.extend_from_slice(&attest.firmware_version.to_be_bytes());
-    attest.selection.write(&mut out);
-    out.extend_from_slice(&tpm2b(&attest.pcr_digest));
-    out
-}
 
 fn any_attest() -> impl Strategy<Value = Attest> {
     (
@@ -47,25 +31,10 @@ fn any_attest() -> impl Strategy<Value = Attest> {
         )
 }
 
-fn ecc_public(attributes: u32, x: &[u8], y: &[u8]) -> Vec<u8> {
-    let mut area = Vec::new();
-    for word in [0x0023_u16, 0x000b] {
-        area.extend_from_slice(&word.to_be_bytes());
-    }
-    area.extend_from_slice(&attributes.to_be_bytes());
-    area.extend_from_slice(&tpm2b(&[]));
-    for word in [0x0010_u16, 0x0018, 0x000b, 0x0003, 0x0010] {
-        area.extend_from_slice(&word.to_be_bytes());
-    }
-    area.extend_from_slice(&tpm2b(x));
-    area.extend_from_slice(&tpm2b(y));
-    tpm2b(&area)
-}
-
 proptest! {
     #[test]
     fn attest_round_trip(attest in any_attest(), cut in any::<prop::sample::Index>()) {
-        let bytes = attest_bytes(&attest);
+        let bytes = attest.to_bytes();
         prop_assert_eq!(&Attest::parse(&bytes).unwrap(), &attest);
         prop_assert!(Attest::parse(&bytes[..cut.index(bytes.len())]).is_err());
         let longer = [bytes.as_slice(), &[0]].concat();
@@ -74,7 +43,7 @@ proptest! {
 
     #[test]
     fn attest_any_change_is_seen(attest in any_attest(), at in any::<prop::sample::Index>(), bit in 0_u8..8) {
-        let mut bytes = attest_bytes(&attest);
+        let mut bytes = attest.to_bytes();
         let at = at.index(bytes.len());
         bytes[at] ^= 1 << bit;
         if let Ok(changed) = Attest::parse(&bytes) {
@@ -91,7 +60,7 @@ proptest! {
 
     #[test]
     fn signature_round_trip(r in prop::collection::vec(any::<u8>(), 1..=32), s in prop::collection::vec(any::<u8>(), 1..=32)) {
-        let bytes = [[0, 0x18, 0, 0x0b].as_slice(), &tpm2b(&r), &tpm2b(&s)].concat();
+        let bytes = ecdsa_signature(&r, &s);
         prop_assert_eq!(Signature::parse(&bytes).unwrap(), Signature::Ecdsa { hash: HashAlg::Sha256, r, s });
         prop_assert!(Signature::parse(&bytes[..bytes.len() - 1]).is_err());
     }
@@ -99,7 +68,7 @@ proptest! {
 
 #[test]
 fn public_of_an_ak() {
-    let bytes = ecc_public(0x0005_0072, &[1; 31], &[2; 32]);
+    let bytes = signing_public(0x0005_0072, &[1; 31], &[2; 32]);
     let public = Public::parse(&bytes).unwrap();
     let KeyParameters::Ecc(point) = &public.key else { panic!("an ECC key") };
     assert_eq!((point.x[0], point.x[1], point.y[0]), (0, 1, 2));

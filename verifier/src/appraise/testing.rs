@@ -2,11 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use aws_lc_rs::{
-    rand::SystemRandom,
-    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
-};
-
 use onequote_evidence::{
     digest::{FileDigest, HashAlg, sha256},
     event::{
@@ -21,47 +16,13 @@ use onequote_evidence::{
     record::Record,
     statement::{self, GuestBoot, Statement, VmState},
     stream::{self, Guest, Head, Item, Pieces},
-    tpm::{ClockInfo, Public},
+    tpm::{Attest, ClockInfo, PcrSelection, Public},
 };
+
+pub(crate) use onequote_evidence::tpm::software::Ak;
 
 use super::{Appraisal, Context, Received, appraise, freshness::Freshness, state::HostState};
 use crate::{finding::Finding, policy::Policy};
-
-/// A P-256 key that plays an attestation key.
-pub(crate) struct Ak(EcdsaKeyPair);
-
-impl Ak {
-    pub(crate) fn generate() -> Self {
-        Self(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap())
-    }
-
-    /// Its `TPM2B_PUBLIC`.
-    pub(crate) fn public(&self) -> Vec<u8> {
-        self.public_with(0x0005_0072)
-    }
-
-    pub(crate) fn public_with(&self, attributes: u32) -> Vec<u8> {
-        let point = self.0.public_key().as_ref();
-        let mut area = [0x0023_u16, 0x000b].map(u16::to_be_bytes).concat();
-        area.extend(attributes.to_be_bytes());
-        area.extend(tpm2b(&[]));
-        area.extend([0x0010_u16, 0x0018, 0x000b, 0x0003, 0x0010].map(u16::to_be_bytes).concat());
-        area.extend(tpm2b(&point[1..33]));
-        area.extend(tpm2b(&point[33..]));
-        tpm2b(&area)
-    }
-
-    /// A `TPMT_SIGNATURE` over `message`.
-    pub(crate) fn sign(&self, message: &[u8]) -> Vec<u8> {
-        let signature = self.0.sign(&SystemRandom::new(), message).unwrap();
-        let (r, s) = signature.as_ref().split_at(32);
-        [&[0, 0x18, 0, 0x0b][..], &tpm2b(r), &tpm2b(s)].concat()
-    }
-}
-
-fn tpm2b(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
-}
 
 /// The fields of a `TPMS_ATTEST`, each to be forged.
 pub(crate) struct AttestFields {
@@ -75,22 +36,15 @@ pub(crate) struct AttestFields {
 
 impl AttestFields {
     fn bytes(&self) -> Vec<u8> {
-        let mut out = self.magic.to_be_bytes().to_vec();
-        out.extend(self.kind.to_be_bytes());
-        out.extend(tpm2b(&[7; 34]));
-        out.extend(tpm2b(&self.extra));
-        out.extend(self.clock.clock.to_be_bytes());
-        out.extend(self.clock.reset_count.to_be_bytes());
-        out.extend(self.clock.restart_count.to_be_bytes());
-        out.push(self.clock.safe.into());
-        out.extend(42_u64.to_be_bytes());
-        out.extend(1_u32.to_be_bytes());
-        out.extend(0x000b_u16.to_be_bytes());
-        let bits = self.pcrs.iter().fold(0_u32, |bits, pcr| bits | 1 << pcr);
-        out.push(3);
-        out.extend(&bits.to_le_bytes()[..3]);
-        out.extend(tpm2b(&self.digest));
-        out
+        let attest = Attest {
+            qualified_signer: vec![7; 34],
+            extra_data: self.extra.clone(),
+            clock: self.clock,
+            firmware_version: 42,
+            selection: PcrSelection { banks: vec![(0x000b, self.pcrs.iter().copied().collect())] },
+            pcr_digest: self.digest.clone(),
+        };
+        [self.magic.to_be_bytes().as_slice(), &self.kind.to_be_bytes(), &attest.to_bytes()[6..]].concat()
     }
 }
 
@@ -204,7 +158,7 @@ impl World {
             time: TimeMs(1000),
         };
         let mut world = Self {
-            ak: Ak::generate(),
+            ak: Ak::generate().unwrap(),
             records: Vec::new(),
             statement,
             clock: ClockInfo { clock: 1000, reset_count: 5, restart_count: 1, safe: true },
@@ -418,7 +372,7 @@ impl World {
         let head = Head {
             version: stream::VERSION,
             statement: Blob(statement),
-            signature: Blob(self.ak.sign(&attest)),
+            signature: Blob(self.ak.sign(&attest).unwrap()),
             attest: Blob(attest),
             path: paths[1].clone(),
             registers: registers.collect(),

@@ -168,6 +168,8 @@ mod tests {
         rsa::{KeySize, OaepPrivateDecryptingKey, PrivateDecryptingKey},
     };
 
+    use onequote_evidence::tpm::software::Ek;
+
     use super::*;
     use crate::{enrol::testing, source::System};
 
@@ -206,6 +208,18 @@ mod tests {
             assert_eq!(open(&ek, &seed, b"the AK", &credential).unwrap(), [7; 32]);
             assert_eq!(open(&ek, &seed, b"another AK", &credential), None);
         }
+    }
+
+    /// The TPM's side, written for itself.
+    #[test]
+    fn a_software_tpm_opens_its_credential() {
+        let (own, other) = (Ek::generate().unwrap(), Ek::generate().unwrap());
+        let ek = StorageKey::parse(&own.public()).unwrap();
+        assert_eq!(ek.attributes.ek_defect(), None);
+        let made = make(&ek, b"the AK", &[7; 32], &System).unwrap();
+        assert_eq!(own.activate(b"the AK", &made.blob, &made.encrypted_seed).unwrap(), [7; 32]);
+        assert!(own.activate(b"the aK", &made.blob, &made.encrypted_seed).is_err());
+        assert!(other.activate(b"the AK", &made.blob, &made.encrypted_seed).is_err());
     }
 
     #[test]

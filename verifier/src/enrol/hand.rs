@@ -230,7 +230,7 @@ mod tests {
         assert!(e.to_string().contains("https://ADDRESS:PORT"));
         let e = read_enrolment(id(), "https://127.0.0.1:1", &ak, &certificate, true).unwrap_err();
         assert!(e.to_string().contains("ak.pub"), "{e}");
-        fs::write(&ak, crate::appraise::testing::Ak::generate().public()).unwrap();
+        fs::write(&ak, crate::appraise::testing::Ak::generate().unwrap().public()).unwrap();
         let e = read_enrolment(id(), "https://127.0.0.1:1", &ak, &certificate, true).unwrap_err();
         assert!(e.to_string().contains("c.pem"), "{e}");
     }

@@ -1,11 +1,8 @@
 //! Endorsement keys for tests.
 
 use aws_lc_rs::{encoding::AsDer as _, rsa::PublicEncryptingKey};
-use onequote_evidence::tpm::Curve;
-
-pub(crate) fn tpm2b(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
-}
+pub(crate) use onequote_evidence::tpm::write::tpm2b;
+use onequote_evidence::tpm::{Curve, write::endorsement_public};
 
 fn words(words: &[u16]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
@@ -14,19 +11,7 @@ fn words(words: &[u16]) -> Vec<u8> {
 /// `TPM2B_PUBLIC` after template L-2 or H-3, with this point (x and y).
 pub(crate) fn ecc_ek(curve: Curve, point: &[u8]) -> Vec<u8> {
     let (x, y) = point.split_at(curve.size());
-    let (hash, aes, id) = match curve {
-        Curve::P256 => (0x000b, 128, 3),
-        Curve::P384 => (0x000c, 256, 4),
-    };
-    let area = [
-        words(&[0x0023, hash]),
-        0x0003_00b2_u32.to_be_bytes().to_vec(),
-        tpm2b(&[7; 32]),
-        words(&[0x0006, aes, 0x0043, 0x0010, id, 0x0010]),
-        tpm2b(x),
-        tpm2b(y),
-    ];
-    tpm2b(&area.concat())
+    endorsement_public(curve, x, y)
 }
 
 /// `TPM2B_PUBLIC` after template L-1.

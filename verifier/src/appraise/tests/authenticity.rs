@@ -50,7 +50,8 @@ fn a_stream_that_is_none() {
 #[test]
 fn another_key_or_signature() {
     assert_eq!(
-        forge_head(|_, parts| parts.head.signature = Blob(Ak::generate().sign(&parts.head.attest.0))).code,
+        forge_head(|_, parts| parts.head.signature = Blob(Ak::generate().unwrap().sign(&parts.head.attest.0).unwrap()))
+            .code,
         Code::SignatureInvalid
     );
     assert_eq!(forge_head(|_, parts| parts.head.attest.0[60] ^= 1).code, Code::SignatureInvalid);
