@@ -19,8 +19,8 @@ use onequote_verifier::{
     },
     source::{Source, System},
     store::{
+        Database,
         enrol::{EnrolStore as _, Token},
-        sqlite::Sqlite,
     },
 };
 
@@ -95,15 +95,15 @@ fn a_proxy_opens_what_we_make_for_every_kind_of_endorsement_key() {
 
 /// A verifier without a network, and a token for any TPM.
 struct Office {
-    registrar: Registrar<Sqlite>,
-    store: Sqlite,
+    registrar: Registrar<Database>,
+    store: Database,
     caller: Caller,
     token: JoinToken,
 }
 
 impl Office {
     async fn open(dir: &Path) -> Self {
-        let store = Sqlite::open(&dir.join("v.sqlite")).await.unwrap();
+        let store = Database::open(&dir.join("v.sqlite")).await.unwrap();
         let source: Arc<dyn Source> = Arc::new(System);
         let authority = Arc::new(Authority::open(dir, Arc::clone(&source)).unwrap());
         let token = JoinToken { id: [1; 8], secret: [2; SECRET_SIZE], pin: authority.pin() };

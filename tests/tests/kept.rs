@@ -4,10 +4,13 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use onequote_evidence::stream::compress;
+use onequote_evidence::{
+    id::{HostId, TimeMs},
+    stream::compress,
+};
 use onequote_tests::lab::{Bare, Guest, Peer, World};
 use onequote_verifier::appraise::Received;
-use onequote_verifier::store::{Store as _, sqlite::Sqlite};
+use onequote_verifier::store::{Database, Part, Store as _, Take, Taken};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -35,9 +38,11 @@ fn what_is_kept_is_replayed_and_never_believed() {
         let (_, steady) = world.attest_counted()?;
         let host = World::HOST.parse().map_err(anyhow::Error::msg)?;
         let runtime = tokio::runtime::Runtime::new()?;
-        let store = runtime.block_on(Sqlite::open(&world.verifier_state().join("verifier.sqlite")))?;
-        let kept = runtime.block_on(store.evidence(&host))?.context("nothing is kept")?;
-        let evidence = Received::read(&kept).map_err(|finding| anyhow::anyhow!("{finding:?}"))?.into_evidence();
+        let store = runtime.block_on(Database::open(&world.verifier_state().join("verifier.sqlite")))?;
+        let kept = runtime.block_on(store.parts(&host))?;
+        let evidence = Received::read(kept.first().context("nothing is kept")?)
+            .map_err(|finding| anyhow::anyhow!("{finding:?}"))?
+            .into_evidence();
         // Somebody changes one entry, one reference, one record, or all of it.
         let changes: [fn(&mut onequote_evidence::stream::Evidence); 4] = [
             |e| {
@@ -58,7 +63,7 @@ fn what_is_kept_is_replayed_and_never_believed() {
             forged.push(compress(&evidence.stream())?);
         }
         for (number, stream) in forged.iter().enumerate() {
-            runtime.block_on(store.keep_evidence(&host, stream))?;
+            runtime.block_on(forge(&store, &host, stream))?;
             let (healed, bytes) = world.attest_counted()?;
             ensure!(bytes > steady, "{number}: {bytes} bytes, as if nothing had happened");
             for verdict in [healed, world.verdict()?] {
@@ -69,4 +74,22 @@ fn what_is_kept_is_replayed_and_never_believed() {
         }
         Ok(())
     });
+}
+
+/// Puts this in place of the evidence that is kept, and leaves everything else as it is.
+async fn forge(store: &Database, host: &HostId, stream: &[u8]) -> Result<()> {
+    let kept = store.host(host).await?;
+    let forged = Taken {
+        host,
+        version: kept.version,
+        nonce: None,
+        now: TimeMs(0),
+        verdict: kept.verdict.as_ref().context("there is no verdict")?,
+        state: None,
+        trees: false,
+        part: Some(Part::Whole(stream)),
+        next: None,
+    };
+    ensure!(matches!(store.take(forged).await?, Take::Kept(_)));
+    Ok(())
 }

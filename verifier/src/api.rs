@@ -242,7 +242,8 @@ async fn root<S: EnrolStore>(State(server): Shared<S>) -> Result<Json<serde_json
 /// A host's part of the expectation tree by the policy in force.
 async fn tree<S: Store>(store: &S, id: &HostId) -> Result<HostTree, ApiError> {
     let host = store.host(id).await?;
-    let policy = host.policy.as_ref().map(|(_, text)| Policy::parse(text, "the policy in force")).transpose();
+    let policy = store.policy(&host).await?;
+    let policy = policy.map(|(_, text)| Policy::parse(&text, "the policy in force")).transpose();
     let policy = policy.map_err(|e| ApiError(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))?;
     Ok(HostTree::new(id, &host.state, policy.as_ref()))
 }
@@ -285,7 +286,7 @@ mod tests {
         enrol::Identity,
         round::Times,
         source::System,
-        store::{Enrolment, sqlite::Sqlite},
+        store::{Database, Enrolment},
     };
 
     async fn request(address: std::net::SocketAddr, line: &str) -> (u16, String) {
@@ -303,7 +304,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         Identity::create(dir.path()).unwrap();
         let identity = Identity::load(dir.path()).unwrap();
-        let store = Sqlite::open(&dir.path().join("v.sqlite")).await.unwrap();
+        let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
         let host = Enrolment {
             id: "h1".parse().unwrap(),
             url: "https://127.0.0.1:1".into(),

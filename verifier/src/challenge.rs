@@ -17,7 +17,7 @@ const SIZE: usize = 32;
 const MEMORY: u64 = 7 * 24 * 3600 * 1000;
 
 /// A challenge that was written down.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Challenge {
     /// Its nonce.
     pub nonce: Nonce,

@@ -22,7 +22,7 @@ use crate::{
     result::Verdict,
     source::Source,
     store::{
-        Host, NonceUse, StoreError,
+        Host, NonceUse, Part, StoreError, Take, Taken,
         enrol::{EnrolStore, Standing},
     },
 };
@@ -146,7 +146,7 @@ impl<S: EnrolStore> Verifier<S> {
             return Ok(self.keep(host, round, None).await?);
         }
         let ak = Public::parse(&enrolled.ak).map_err(|source| Fault::Key { host: id.clone(), source })?;
-        let policy = self.policy(host)?;
+        let policy = self.policy(host).await?;
         let issued = self.issued_identity(host)?;
         let lifetime = millis(self.times.challenge);
         let challenge = challenge::issue(&self.store, &*self.source, id, lifetime).await?;
@@ -182,7 +182,7 @@ impl<S: EnrolStore> Verifier<S> {
         };
         let now = self.source.now();
         let claimed = &received.evidence().head.nonce.0;
-        let claimed_was_answered = self.store.was_answered(claimed).await?;
+        let claimed_was_answered = self.store.was_answered(id, claimed).await?;
         let unused = self.store.answer(&challenge.nonce, id, now).await? == NonceUse::Fresh;
         let freshness = Freshness::Asked {
             nonce: challenge.nonce,
@@ -208,19 +208,15 @@ impl<S: EnrolStore> Verifier<S> {
             Some(_) => stream::compress(&received.evidence().stream()).map_err(Fault::Compress)?,
             None => answer.evidence,
         };
-        let accepted = state.is_some();
         let round = Round { verdict, evidence: Some(evidence), received: size, facts };
-        let kept = self.keep(host, round, state).await?;
-        if let Some(Round { evidence: Some(evidence), .. }) = kept.as_ref().filter(|_| accepted) {
-            self.store.keep_evidence(id, evidence).await?;
-        }
-        Ok(kept)
+        Ok(self.keep(host, round, state).await?)
     }
 
     /// The last evidence that was accepted of a host. What cannot be read is asked for again.
     async fn before(&self, id: &HostId) -> Result<Option<Evidence>, StoreError> {
-        let Some(kept) = self.store.evidence(id).await? else { return Ok(None) };
-        match Received::read(&kept) {
+        let parts = self.store.parts(id).await?;
+        let [kept] = parts.as_slice() else { return Ok(None) };
+        match Received::read(kept) {
             Ok(received) => Ok(Some(received.into_evidence())),
             Err(finding) => {
                 tracing::warn!(host = %id, "kept evidence cannot be read, so all of it is asked for: {:?}", finding.actual);
@@ -255,12 +251,12 @@ impl<S: EnrolStore> Verifier<S> {
         Ok(Some(Finding::new(Code::CertificateRevoked, "certificate").actual(why)))
     }
 
-    fn policy(&self, host: &Host) -> Result<Option<(Policy, u64)>, Fault> {
-        let Some((version, text)) = &host.policy else { return Ok(None) };
+    async fn policy(&self, host: &Host) -> Result<Option<(Policy, u64)>, Fault> {
+        let Some((version, text)) = self.store.policy(host).await? else { return Ok(None) };
         let id = &host.enrolment.id;
-        let policy = Policy::parse(text, &format!("policy of {id}, version {version}"));
+        let policy = Policy::parse(&text, &format!("policy of {id}, version {version}"));
         let policy = policy.map_err(|source| Fault::Policy { host: id.clone(), source })?;
-        Ok(Some((policy, *version)))
+        Ok(Some((policy, version)))
     }
 
     fn without_evidence(&self, host: &Host, finding: Finding, evidence: Option<Vec<u8>>) -> Round {
@@ -276,9 +272,18 @@ impl<S: EnrolStore> Verifier<S> {
         round: Round,
         state: Option<crate::appraise::state::HostState>,
     ) -> Result<Option<Round>, StoreError> {
-        let id = &host.enrolment.id;
-        let kept = self.store.commit(id, host.version, state.as_ref(), Some(&round.verdict)).await?;
-        Ok(kept.then_some(round))
+        let taken = Taken {
+            host: &host.enrolment.id,
+            version: host.version,
+            nonce: None,
+            now: self.source.now(),
+            verdict: &round.verdict,
+            state: state.as_ref(),
+            trees: state.as_ref().is_some_and(|state| !state.same_trees(&host.state)),
+            part: round.evidence.as_deref().filter(|_| state.is_some()).map(Part::Whole),
+            next: None,
+        };
+        Ok(matches!(self.store.take(taken).await?, Take::Kept(_)).then_some(round))
     }
 }
 

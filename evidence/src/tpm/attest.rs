@@ -38,16 +38,20 @@ pub struct Attest {
 }
 
 /// `TPMS_CLOCK_INFO`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, minicbor::Encode, minicbor::Decode)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize))]
 pub struct ClockInfo {
     /// Milliseconds that the TPM was powered since it was last cleared.
+    #[n(0)]
     pub clock: u64,
     /// Number of TPM Resets since it was last cleared.
+    #[n(1)]
     pub reset_count: u32,
     /// Number of TPM Restarts and Resumes since the last Reset or clear.
+    #[n(2)]
     pub restart_count: u32,
     /// Whether no greater clock was ever reported than `clock`.
+    #[n(3)]
     pub safe: bool,
 }
 

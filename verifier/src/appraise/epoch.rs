@@ -12,6 +12,7 @@
 //! | same | began anew | a TPM reset under a running kernel |
 //! | other | go on | a kexec |
 
+use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
@@ -27,15 +28,19 @@ use super::{log::VerifiedLog, state::Accepted};
 const MAX_PAST: usize = 64;
 
 /// A gap that an earlier log of the same boot told of, or that nobody told of.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
 pub struct PastGap {
     /// The number of the log's epoch.
+    #[n(0)]
     pub epoch: u64,
     /// Its record.
+    #[n(1)]
     pub record: u64,
     /// Why.
+    #[n(2)]
     pub reason: GapReason,
     /// For people.
+    #[n(3)]
     pub detail: String,
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
@@ -35,40 +36,53 @@ pub struct HostState {
     pub guests: Vec<AcceptedGuest>,
 }
 
-/// The last accepted quote and log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The last accepted quote and log. It changes with every evidence, and is kept as CBOR: a new item needs a new number, and a
+/// value for those who were written without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
 pub struct Accepted {
     /// The log's epoch.
+    #[n(0)]
     pub epoch: Epoch,
     /// Records in the log.
+    #[n(1)]
     pub records: u64,
     /// The log's registers after them.
+    #[n(2)]
     pub registers: Vec<RegisterValue>,
     /// Whether what the registers held before the log was explained when its first records were accepted.
+    #[n(3)]
     pub history_accepted: bool,
     /// The TPM's clock and counters.
+    #[n(4)]
     pub clock: ClockInfo,
     /// The host's kernel, by its boot id.
     #[serde(default)]
+    #[n(5)]
     pub boot_id: Option<BootId>,
     /// Gaps that this log tells of its host.
     #[serde(default)]
+    #[n(6)]
     pub gaps: Vec<PastGap>,
     /// Gaps of the same boot that it does not tell.
     #[serde(default)]
+    #[n(7)]
     pub past_gaps: Vec<PastGap>,
 }
 
 /// A guest's list as accepted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
 pub struct AcceptedGuest {
     /// The QEMU process.
+    #[n(0)]
     pub session: SessionId,
     /// Which boot of it.
+    #[n(1)]
     pub boot: u32,
     /// Entries.
+    #[n(2)]
     pub count: u64,
     /// The virtual PCR 10 after them.
+    #[n(3)]
     pub aggregate: Sha256,
 }
 
@@ -242,6 +256,12 @@ impl ImageExpectation {
 }
 
 impl HostState {
+    /// Whether the expectations are those of `other`.
+    #[must_use]
+    pub fn same_trees(&self, other: &Self) -> bool {
+        self.base == other.base && self.tree == other.tree
+    }
+
     /// Notes that the operator accepts an image's digest for the next start at which it is found, which may be one
     /// that was found wrong before.
     pub fn accept_image(&mut self, vm: VmId, slot: &str, digest: FileDigest) {

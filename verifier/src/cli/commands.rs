@@ -22,7 +22,7 @@ use crate::{
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
     source::{Source, System},
-    store::{Store, StoreError, enrol::Standing, sqlite::Sqlite},
+    store::{Database, Store, StoreError, enrol::Standing},
 };
 
 const DATABASE: &str = "verifier.sqlite";
@@ -191,7 +191,7 @@ async fn enrol_host(state: &Path, args: Enrol) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
+async fn hosts(store: &Database, json: bool) -> Result<(), CliError> {
     let mut hosts = Vec::new();
     for id in store.hosts().await? {
         let mut host = store.host(&id).await?;
@@ -208,7 +208,7 @@ async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
                     "standing": host.standing,
                     "joined": host.joined.issued,
                     "vouched": host.joined.vouched,
-                    "policy": host.policy.as_ref().map(|(version, _)| version),
+                    "policy": host.policy.map(|policy| policy.version),
                     "state": host.verdict.as_ref().map(|v| v.host.state),
                     "vms": host.verdict.as_ref().map(|v| v.vms.len()),
                 })
@@ -219,7 +219,7 @@ async fn hosts(store: &Sqlite, json: bool) -> Result<(), CliError> {
     say(&table::hosts(&hosts))
 }
 
-async fn expectations(store: &Sqlite, host: Option<HostId>, vm: Option<&str>, json: bool) -> Result<(), CliError> {
+async fn expectations(store: &Database, host: Option<HostId>, vm: Option<&str>, json: bool) -> Result<(), CliError> {
     let ids = match host {
         Some(host) => vec![host],
         None => store.hosts().await?,
@@ -227,7 +227,8 @@ async fn expectations(store: &Sqlite, host: Option<HostId>, vm: Option<&str>, js
     let mut hosts = Vec::new();
     for id in ids {
         let kept = store.host(&id).await?;
-        let policy = kept.policy.as_ref().map(|(_, text)| Policy::parse(text, "the policy in force")).transpose()?;
+        let policy = store.policy(&kept).await?;
+        let policy = policy.map(|(_, text)| Policy::parse(&text, "the policy in force")).transpose()?;
         hosts.push(HostTree::new(&id, &kept.state, policy.as_ref()));
     }
     let root = expectation::root(&hosts);
@@ -255,9 +256,10 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
             (key, ak, false)
         }
         (None, Some(host)) => {
-            let host = open(state).await?.host(host).await?;
+            let store = open(state).await?;
+            let host = store.host(host).await?;
             ours = Some(host.enrolment.id.clone());
-            stored = host.policy;
+            stored = store.policy(&host).await?;
             let fault = |source| Fault::Key { host: host.enrolment.id.clone(), source };
             let ak = Public::parse(&host.enrolment.ak).map_err(fault)?;
             (host.enrolment.ak, ak, host.enrolment.software_tpm)
@@ -318,15 +320,15 @@ fn export_quote(folder: &Path, head: &Head, key: &[u8]) -> Result<String, CliErr
     Ok(export::words(folder, &qualifying.to_string()))
 }
 
-pub(super) async fn open(state: &Path) -> Result<Sqlite, CliError> {
+pub(super) async fn open(state: &Path) -> Result<Database, CliError> {
     if !state.join(enrol::IDENTITY_FILE).exists() {
         let path = state.join(enrol::IDENTITY_FILE);
         return Err(EnrolError::NoIdentity { path, state: state.to_owned() }.into());
     }
-    Ok(Sqlite::open(&state.join(DATABASE)).await?)
+    Ok(Database::open(&state.join(DATABASE)).await?)
 }
 
-pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Sqlite>, CliError> {
+pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Database>, CliError> {
     let identity = Identity::load(state)?;
     let authority = Authority::load(state, Arc::new(System))?.map(Arc::new);
     Ok(Verifier { store: open(state).await?, identity, authority, source: Arc::new(System), times })

@@ -28,9 +28,8 @@ use crate::{
     },
     source::{Source, System},
     store::{
-        Store as _,
+        Database, Store as _,
         enrol::{AuditEntry, EnrolStore as _, Standing, Token},
-        sqlite::Sqlite,
     },
 };
 
@@ -96,7 +95,7 @@ fn operator() -> String {
 }
 
 /// Writes a command of the operator into the audit log.
-pub(super) async fn audit(store: &Sqlite, what: &str, host: Option<&HostId>, detail: &str) -> Result<(), CliError> {
+pub(super) async fn audit(store: &Database, what: &str, host: Option<&HostId>, detail: &str) -> Result<(), CliError> {
     let (what, result, detail) = (what.to_owned(), "ok".to_owned(), detail.to_owned());
     let entry = AuditEntry { time: System.now(), who: operator(), what, host: host.cloned(), result, detail };
     Ok(store.audit(&entry).await?)

@@ -117,10 +117,12 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
                     round.facts.ok_or_else(|| not_whole(&round.verdict))?
                 }
                 (Some(host), Some(file), _) => {
-                    let host = open(state).await?.host(&host).await?;
+                    let store = open(state).await?;
+                    let host = store.host(&host).await?;
                     let key = |source| Fault::Key { host: host.enrolment.id.clone(), source };
                     let ak = Public::parse(&host.enrolment.ak).map_err(key)?;
-                    let policy = host.policy.map(|(_, text)| Policy::parse(&text, "policy in force")).transpose()?;
+                    let policy = store.policy(&host).await?;
+                    let policy = policy.map(|(_, text)| Policy::parse(&text, "policy in force")).transpose()?;
                     learn_offline(&file, &ak, policy.as_ref())?
                 }
                 (None, Some(file), Some(ak)) => learn_offline(&file, &enrol::read_ak(&ak)?.1, None)?,
@@ -144,10 +146,13 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
             let version = open(state).await?.set_policy(&host, &text, System.now()).await?;
             say(&format!("policy version {version} is in force for {host}\n"))
         }
-        PolicyCommand::Show { host } => match open(state).await?.host(&host).await?.policy {
-            Some((_, text)) => say(&text),
-            None => Err(CliError::Usage(format!("no policy is in force for {host}"))),
-        },
+        PolicyCommand::Show { host } => {
+            let store = open(state).await?;
+            match store.policy(&store.host(&host).await?).await? {
+                Some((_, text)) => say(&text),
+                None => Err(CliError::Usage(format!("no policy is in force for {host}"))),
+            }
+        }
         PolicyCommand::Check { file } => {
             let (policy, _) = Policy::load(&file)?;
             let files = |list: Option<&crate::policy::AllowList>| list.map_or(0, crate::policy::AllowList::len);
@@ -161,7 +166,7 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
             let kept = store.host(&host).await?;
             let mut state = kept.state;
             state.accept_image(vm, &slot, digest);
-            if !store.commit(&host, kept.version, Some(&state), None).await? {
+            if !store.put_state(&host, kept.version, &state).await? {
                 return Err(Fault::Busy(host).into());
             }
             Ok(())

@@ -138,7 +138,7 @@ pub(super) fn hosts(hosts: &[Host]) -> String {
                 withdrawn => withdrawn.to_string(),
             },
             verdict.map_or_else(String::new, |v| v.vms.len().to_string()),
-            host.policy.as_ref().map_or_else(|| "none".to_owned(), |(version, _)| version.to_string()),
+            host.policy.map_or_else(|| "none".to_owned(), |policy| policy.version.to_string()),
             if host.enrolment.software_tpm { "software".to_owned() } else { "device".to_owned() },
             host.enrolment.url.clone(),
         ]);

@@ -22,7 +22,7 @@ use crate::{
     result::State,
     round::{Times, Verifier},
     source::Source,
-    store::{Enrolment, Store as _, sqlite::Sqlite},
+    store::{Database, Enrolment, Store as _},
 };
 
 /// What the server does with a request: from nonce and exporter value to status and body.
@@ -168,8 +168,8 @@ impl Source for Still {
     }
 }
 
-async fn verifier(dir: &Path, world: &World, url: String, certificate: Vec<u8>) -> Verifier<Sqlite> {
-    let store = Sqlite::open(&dir.join("v.sqlite")).await.unwrap();
+async fn verifier(dir: &Path, world: &World, url: String, certificate: Vec<u8>) -> Verifier<Database> {
+    let store = Database::open(&dir.join("v.sqlite")).await.unwrap();
     let id: HostId = "host-1".parse().unwrap();
     let ak = world.ak.public();
     store.enrol(&Enrolment { id: id.clone(), url, ak, certificate, software_tpm: true }, true).await.unwrap();

@@ -1,17 +1,25 @@
-//! What a verifier keeps: enrolled hosts with policy and state, challenges that are open or answered, verdicts.
+//! What a verifier keeps: enrolled hosts with policy and state, challenges that are open or answered, verdicts, evidence.
 //!
-//! One trait, so that a back end can be put in place of another; [`sqlite`] is the one there is. Writing a host's
-//! state is conditional on its version: whoever appraised against a state that was renewed meanwhile begins again,
-//! so that two verifier processes on one database never take an older state for the newer.
+//! One trait, [`Store`], with [`Database`] behind it: SQLite in a file of its own, or PostgreSQL for several verifiers at
+//! once. Writing a host's state is conditional on its version: whoever appraised against a state that was renewed
+//! meanwhile begins again, so that two verifier processes on one database never take an older state for the newer.
 
+mod database;
 pub mod enrol;
-pub mod sqlite;
+mod form;
+
+pub use database::Database;
+
+/// The name that the store had when there was one back end.
+pub mod sqlite {
+    pub use super::Database as Sqlite;
+}
 
 use std::future::Future;
 
-use onequote_evidence::id::{HostId, Nonce, TimeMs};
+use onequote_evidence::id::{HostId, Nonce, Sha256, TimeMs};
 
-use crate::{appraise::state::HostState, result::Verdict};
+use crate::{appraise::state::HostState, challenge::Challenge, result::Verdict};
 
 /// What the operator enrolled.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,23 +36,78 @@ pub struct Enrolment {
     pub software_tpm: bool,
 }
 
-/// A host with everything kept of it.
+/// A host with everything kept of it, evidence and the policy's text apart.
 #[derive(Debug, Clone)]
 pub struct Host {
     /// What the operator enrolled.
     pub enrolment: Enrolment,
-    /// The policy in force, with its version.
-    pub policy: Option<(u64, String)>,
+    /// The policy in force.
+    pub policy: Option<PolicyInForce>,
     /// What was accepted of it.
     pub state: HostState,
-    /// Counts up with every change of policy or state.
+    /// Counts up with every change to anything that is kept of it.
     pub version: u64,
     /// The last verdict.
     pub verdict: Option<Verdict>,
+    /// The challenge that its next report has to answer, if it reports.
+    pub challenge: Option<Challenge>,
     /// Where it stands with the operator.
     pub standing: enrol::Standing,
     /// How it joined, if it did.
     pub joined: enrol::Joined,
+}
+
+/// Which policy is in force for a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PolicyInForce {
+    /// Its version, counted for each host from 1.
+    pub version: u64,
+    /// SHA-256 of its text: hosts with the same text share it. [`Store::policy_text`] has it.
+    pub digest: Sha256,
+}
+
+/// What an appraisal came to, to be kept as one.
+#[derive(Debug, Clone, Copy)]
+pub struct Taken<'a> {
+    /// The host.
+    pub host: &'a HostId,
+    /// The version of the host that it was appraised against.
+    pub version: u64,
+    /// The challenge that the evidence answered; none where no evidence came.
+    pub nonce: Option<&'a Nonce>,
+    /// When.
+    pub now: TimeMs,
+    /// The verdict.
+    pub verdict: &'a Verdict,
+    /// The new state; none when the evidence was not whole, and the state before stays.
+    pub state: Option<&'a HostState>,
+    /// Whether the state's trees (`base`, `tree`) are others than before. They are written only then.
+    pub trees: bool,
+    /// What is kept of the evidence; none leaves what was kept.
+    pub part: Option<Part<'a>>,
+    /// The challenge that the host's next report has to answer. None leaves one that is open, and takes away the one that
+    /// `nonce` answers.
+    pub next: Option<&'a Challenge>,
+}
+
+/// Evidence to keep, in the form that the caller chooses.
+#[derive(Debug, Clone, Copy)]
+pub enum Part<'a> {
+    /// In place of everything that was kept.
+    Whole(&'a [u8]),
+    /// Behind what was kept.
+    More(&'a [u8]),
+}
+
+/// What became of [`Taken`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    /// It is kept, and the host has this version now.
+    Kept(u64),
+    /// The host has another version meanwhile, or is gone: nothing was written, and the challenge was not marked.
+    Moved,
+    /// The challenge was not open for this host: nothing was written.
+    Nonce(NonceUse),
 }
 
 /// What a nonce is when an answer comes.
@@ -122,25 +185,44 @@ pub trait Store: Send + Sync + 'static {
         now: TimeMs,
     ) -> impl Future<Output = Result<NonceUse, StoreError>> + Send;
 
-    /// Whether these bytes are a nonce that was answered before.
-    fn was_answered(&self, nonce: &[u8]) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    /// Whether these bytes are a nonce that this host answered before: those of active rounds as long as they are
+    /// remembered, and that of its last report.
+    fn was_answered(&self, id: &HostId, nonce: &[u8]) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
     /// Forgets challenges that expired before `before`.
     fn prune(&self, before: TimeMs) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// The host's last evidence that was accepted, as a whole stream.
-    fn evidence(&self, id: &HostId) -> impl Future<Output = Result<Option<Vec<u8>>, StoreError>> + Send;
+    /// A host's version, which costs less than the host.
+    fn version(&self, id: &HostId) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
-    /// Keeps this evidence in place of the last. It saves sending, and nothing rests on it: whoever keeps it last may do so.
-    fn keep_evidence(&self, id: &HostId, stream: &[u8]) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// The text of a policy by its SHA-256.
+    fn policy_text(&self, digest: &Sha256) -> impl Future<Output = Result<Option<String>, StoreError>> + Send;
 
-    /// Writes verdict and, if there is a new one, state, provided that the host still has this version. Tells whether
-    /// it had.
-    fn commit(
+    /// The policy in force for a host, as it was read: version and text.
+    fn policy(&self, host: &Host) -> impl Future<Output = Result<Option<(u64, String)>, StoreError>> + Send {
+        async {
+            let Some(PolicyInForce { version, digest }) = host.policy else { return Ok(None) };
+            let text = self.policy_text(&digest).await?.ok_or_else(|| StoreError::Content {
+                what: "policy",
+                host: host.enrolment.id.to_string(),
+                source: format!("there is no text with the hash {digest}").into(),
+            })?;
+            Ok(Some((version, text)))
+        }
+    }
+
+    /// Keeps what an appraisal came to, in one transaction that marks its challenge as answered too; or, unless the host
+    /// has the version that it was appraised against and the challenge was open, nothing of it.
+    fn take(&self, taken: Taken<'_>) -> impl Future<Output = Result<Take, StoreError>> + Send;
+
+    /// The evidence that was kept of the host, in the order in which it came. It saves sending, and nothing rests on it.
+    fn parts(&self, id: &HostId) -> impl Future<Output = Result<Vec<Vec<u8>>, StoreError>> + Send;
+
+    /// Writes a state by the operator's word, provided that the host still has this version. Tells whether it had.
+    fn put_state(
         &self,
         id: &HostId,
         version: u64,
-        state: Option<&HostState>,
-        verdict: Option<&Verdict>,
+        state: &HostState,
     ) -> impl Future<Output = Result<bool, StoreError>> + Send;
 }

@@ -1,0 +1,345 @@
+//! What must hold of the store.
+
+use onequote_evidence::id::{HostId, Nonce, Sha256, TimeMs};
+
+use crate::{
+    appraise::state::HostState,
+    challenge::Challenge,
+    finding::{Code, Finding},
+    result::Verdict,
+    store::{
+        Database, Enrolment, NonceUse, Part, Store as _, StoreError, Take, Taken,
+        enrol::{AuditEntry, Claim, EnrolStore as _, IssuedCertificate, Join, Standing, Token},
+    },
+};
+
+fn enrolment(ak: u8) -> Enrolment {
+    Enrolment {
+        id: "h1".parse().unwrap(),
+        url: "https://127.0.0.1:1".into(),
+        ak: vec![ak],
+        certificate: vec![2],
+        software_tpm: true,
+    }
+}
+
+#[tokio::test]
+async fn hosts_policies_and_states() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("verifier.sqlite");
+    let store = Database::open(&path).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    assert!(matches!(store.host(&id).await, Err(StoreError::NoHost(_))));
+    store.enrol(&enrolment(1), false).await.unwrap();
+    let moved = Enrolment { url: "https://127.0.0.1:2".into(), ..enrolment(1) };
+    store.enrol(&moved, false).await.unwrap();
+    assert_eq!(store.host(&id).await.unwrap().enrolment, moved, "the same host at another address");
+    assert!(matches!(store.enrol(&enrolment(2), false).await, Err(StoreError::HostExists(_))));
+    assert_eq!(store.set_policy(&id, "a", TimeMs(1)).await.unwrap(), 1);
+    assert_eq!(store.set_policy(&id, "b", TimeMs(2)).await.unwrap(), 2);
+    let host = store.host(&id).await.unwrap();
+    assert_eq!(store.policy(&host).await.unwrap(), Some((2, "b".into())));
+    assert_eq!(store.policy_text(&onequote_evidence::digest::sha256(&[b"a"])).await.unwrap(), Some("a".into()));
+
+    let mut state = HostState::default();
+    state.accept_image("00000000-0000-0000-0000-000000000001".parse().unwrap(), "disk0", any_digest());
+    assert!(store.put_state(&id, host.version, &state).await.unwrap());
+    assert!(!store.put_state(&id, host.version, &state).await.unwrap(), "the version is an old one");
+    let version = store.host(&id).await.unwrap().version;
+    let verdict = verdict(&id, 3);
+    assert_eq!(take(&store, &id, version, None).await, Take::Kept(version + 1));
+    assert_eq!(take(&store, &id, version, None).await, Take::Moved, "a verdict alone counts too");
+    drop(store);
+    let store = Database::open(&path).await.unwrap();
+    let host = store.host(&id).await.unwrap();
+    assert_eq!((&host.state, host.verdict), (&state, Some(verdict)));
+    store.enrol(&enrolment(1), true).await.unwrap();
+    assert_eq!(store.host(&id).await.unwrap().state, state, "the same key keeps the state");
+    store.enrol(&enrolment(9), true).await.unwrap();
+    assert_eq!(store.host(&id).await.unwrap().state, HostState::default());
+    assert_eq!(store.hosts().await.unwrap(), std::slice::from_ref(&id));
+    store.remove(&id).await.unwrap();
+    assert!(store.hosts().await.unwrap().is_empty());
+}
+
+fn verdict(id: &HostId, time: u64) -> Verdict {
+    Verdict::without_evidence(id.clone(), Finding::new(Code::Unreachable, "h1"), None, TimeMs(time))
+}
+
+fn taken<'a>(id: &'a HostId, version: u64, verdict: &'a Verdict) -> Taken<'a> {
+    let (now, nonce) = (TimeMs(5), None);
+    Taken { host: id, version, nonce, now, verdict, state: None, trees: false, part: None, next: None }
+}
+
+async fn take(store: &Database, id: &HostId, version: u64, nonce: Option<&Nonce>) -> Take {
+    store.take(Taken { nonce, ..taken(id, version, &verdict(id, 3)) }).await.unwrap()
+}
+
+fn nonce(byte: u8) -> Nonce {
+    Nonce::new(vec![byte; 32]).unwrap()
+}
+
+#[tokio::test]
+async fn a_take_is_all_or_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+    store.enrol(&enrolment(1), false).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    let host = async || store.host(&id).await.unwrap();
+    store.issue(&nonce(1), &id, TimeMs(1), TimeMs(9)).await.unwrap();
+
+    // A challenge that was never issued, and a version that is an old one: nothing is written.
+    let (mut state, verdict) = (HostState::default(), verdict(&id, 3));
+    state.accept_image("00000000-0000-0000-0000-000000000001".parse().unwrap(), "disk0", any_digest());
+    let next = Challenge { nonce: nonce(2), expires: TimeMs(20) };
+    let all = Taken {
+        nonce: Some(&nonce(9)),
+        state: Some(&state),
+        trees: true,
+        part: Some(Part::Whole(b"one")),
+        next: Some(&next),
+        ..taken(&id, 1, &verdict)
+    };
+    assert_eq!(store.take(all).await.unwrap(), Take::Nonce(NonceUse::Unknown));
+    let moved = Taken { nonce: Some(&nonce(1)), version: 7, ..all };
+    assert_eq!(store.take(moved).await.unwrap(), Take::Moved);
+    let before = host().await;
+    assert_eq!((before.version, before.verdict, before.challenge), (1, None, None));
+    assert!(store.parts(&id).await.unwrap().is_empty() && !store.was_answered(&id, &[1; 32]).await.unwrap());
+
+    // All of it.
+    let all = Taken { nonce: Some(&nonce(1)), ..all };
+    assert_eq!(store.take(all).await.unwrap(), Take::Kept(2));
+    let kept = host().await;
+    assert_eq!((kept.version, &kept.state, kept.verdict), (2, &state, Some(verdict.clone())));
+    assert_eq!((kept.challenge, store.version(&id).await.unwrap()), (Some(next.clone()), 2));
+    assert!(store.was_answered(&id, &[1; 32]).await.unwrap());
+    let again = Taken { version: 2, ..all };
+    assert_eq!(store.take(again).await.unwrap(), Take::Nonce(NonceUse::Answered));
+
+    // The challenge in the host's row serves once too; a round that asked another one leaves it open.
+    store.issue(&nonce(3), &id, TimeMs(1), TimeMs(9)).await.unwrap();
+    assert_eq!(take(&store, &id, 2, Some(&nonce(3))).await, Take::Kept(3));
+    assert_eq!(host().await.challenge, Some(next));
+    let last = Challenge { nonce: nonce(4), expires: TimeMs(30) };
+    let more =
+        Taken { nonce: Some(&nonce(2)), part: Some(Part::More(b"two")), next: Some(&last), ..taken(&id, 3, &verdict) };
+    assert_eq!(store.take(more).await.unwrap(), Take::Kept(4));
+    assert_eq!(store.parts(&id).await.unwrap(), [b"one".to_vec(), b"two".to_vec()]);
+    assert!(store.was_answered(&id, &[2; 32]).await.unwrap());
+    let reused = Taken { version: 4, ..more };
+    assert_eq!(store.take(reused).await.unwrap(), Take::Nonce(NonceUse::Answered));
+    assert_eq!(take(&store, &id, 4, Some(&nonce(4))).await, Take::Kept(5));
+    let end = host().await;
+    assert_eq!((end.challenge, end.state), (None, state), "answered, and no other was asked");
+    let whole = Taken { part: Some(Part::Whole(b"all")), ..taken(&id, 5, &verdict) };
+    assert_eq!(store.take(whole).await.unwrap(), Take::Kept(6));
+    assert_eq!(store.parts(&id).await.unwrap(), [b"all".to_vec()]);
+    store.remove(&id).await.unwrap();
+    assert_eq!(take(&store, &id, 6, None).await, Take::Moved);
+    assert!(store.parts(&id).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn of_many_takes_at_once_one_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+    store.enrol(&enrolment(1), false).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let (store, id) = (store.clone(), id.clone());
+        tasks.spawn(async move { take(&store, &id, 1, None).await });
+    }
+    let takes = tasks.join_all().await;
+    assert_eq!(takes.iter().filter(|take| **take == Take::Kept(2)).count(), 1);
+    assert_eq!(takes.iter().filter(|take| **take == Take::Moved).count(), 19);
+}
+
+fn any_digest() -> onequote_evidence::digest::FileDigest {
+    onequote_evidence::digest::FileDigest::sha256(Sha256::ZERO)
+}
+
+#[tokio::test]
+async fn a_nonce_serves_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+    store.enrol(&enrolment(1), false).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    let nonce = Nonce::new(vec![7; 32]).unwrap();
+    assert_eq!(store.answer(&nonce, &id, TimeMs(1)).await.unwrap(), NonceUse::Unknown);
+    store.issue(&nonce, &id, TimeMs(1), TimeMs(9)).await.unwrap();
+    assert!(!store.was_answered(&id, nonce.as_bytes()).await.unwrap());
+    assert_eq!(store.answer(&nonce, &"h2".parse().unwrap(), TimeMs(2)).await.unwrap(), NonceUse::Unknown);
+    assert_eq!(store.answer(&nonce, &id, TimeMs(2)).await.unwrap(), NonceUse::Fresh);
+    assert_eq!(store.answer(&nonce, &id, TimeMs(3)).await.unwrap(), NonceUse::Answered);
+    store.prune(TimeMs(10)).await.unwrap();
+    assert!(!store.was_answered(&id, nonce.as_bytes()).await.unwrap());
+}
+
+const NOW: TimeMs = TimeMs(1000);
+
+fn id(text: &str) -> HostId {
+    text.parse().unwrap()
+}
+
+fn token(name: &str) -> Token {
+    Token {
+        id: name.into(),
+        secret: Sha256([1; 32]),
+        host: None,
+        replace: false,
+        software_tpm: true,
+        url: None,
+        expires: TimeMs(2000),
+        uses: 1,
+    }
+}
+
+async fn store() -> (tempfile::TempDir, Database) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+    (dir, store)
+}
+
+fn enrolment_of(host: &str, ak: u8) -> Enrolment {
+    let url = "https://127.0.0.1:1".to_owned();
+    Enrolment { id: id(host), url, ak: vec![ak], certificate: vec![2], software_tpm: true }
+}
+
+/// Joins with a new token, changed by `change`.
+async fn join(store: &Database, host: &str, ek: u8, ak: u8, change: fn(&mut Token)) -> Result<(), &'static str> {
+    let mut serial = [0; 8];
+    rand::Rng::fill(&mut rand::rng(), &mut serial);
+    let mut token = token(&hex::encode(serial));
+    change(&mut token);
+    store.create_token(&token, NOW).await.unwrap();
+    join_with(store, &token.id, host, ek, ak, &serial).await
+}
+
+async fn join_with(
+    store: &Database,
+    token: &str,
+    host: &str,
+    ek: u8,
+    ak: u8,
+    serial: &[u8],
+) -> Result<(), &'static str> {
+    let host = enrolment_of(host, ak);
+    let ek = [ek];
+    let certificate = IssuedCertificate {
+        serial: serial.to_vec(),
+        host: host.id.clone(),
+        ak: vec![ak],
+        expires: TimeMs(5000),
+        revoked: false,
+    };
+    let join = Join { token, host: &host, ek: &ek, vouched: "", url_fixed: false, certificate: &certificate };
+    let claim = Claim { token, host: &host.id, ek: &ek, ak: &host.ak };
+    let may = store.may_join(claim, NOW).await.unwrap();
+    let done = store.join(&join, NOW).await.unwrap();
+    assert_eq!(may, done, "asked before and done");
+    done.map_err(|refusal| refusal.code())
+}
+
+#[tokio::test]
+async fn tokens_are_used_up() {
+    let (_dir, store) = store().await;
+    store.create_token(&token("t"), NOW).await.unwrap();
+    assert_eq!(store.token("t").await.unwrap(), Some(token("t")));
+    assert_eq!(join_with(&store, "t", "h1", 1, 1, b"1").await, Ok(()));
+    assert_eq!(join_with(&store, "t", "h1", 1, 1, b"2").await, Err("token-used"));
+    assert_eq!(join_with(&store, "u", "h1", 1, 1, b"2").await, Err("token-unknown"));
+    assert_eq!(join(&store, "h1", 1, 1, |t| t.expires = NOW).await, Err("token-expired"));
+    assert_eq!(join(&store, "h1", 1, 1, |t| t.host = Some(id("h2"))).await, Err("token-other-host"));
+    let many = Token { uses: 2, ..token("many") };
+    store.create_token(&many, NOW).await.unwrap();
+    assert_eq!(join_with(&store, "many", "h2", 2, 2, b"3").await, Ok(()));
+    assert_eq!(join_with(&store, "many", "h3", 3, 3, b"4").await, Ok(()));
+    assert_eq!(join_with(&store, "many", "h4", 4, 4, b"5").await, Err("token-used"));
+    assert!(matches!(store.host(&id("h4")).await, Err(StoreError::NoHost(_))));
+}
+
+#[tokio::test]
+async fn ids_and_keys_belong_together() {
+    let (_dir, store) = store().await;
+    join(&store, "h1", 1, 1, |_| {}).await.unwrap();
+    assert_eq!(join(&store, "h1", 1, 1, |_| {}).await, Ok(()), "the same TPM again");
+    assert_eq!(join(&store, "h1", 2, 1, |_| {}).await, Err("id-other-ek"));
+    assert_eq!(join(&store, "h1", 1, 2, |_| {}).await, Err("id-other-ak"));
+    assert_eq!(join(&store, "h2", 1, 2, |_| {}).await, Err("ek-in-use"));
+    assert_eq!(join(&store, "h2", 2, 1, |_| {}).await, Err("ak-in-use"));
+    assert_eq!(join(&store, "h1", 2, 2, |t| (t.host, t.replace) = (Some(id("h1")), true)).await, Ok(()));
+    assert_eq!(store.joined(&id("h1")).await.unwrap().1.ek, Some(vec![2]));
+    assert_eq!(join(&store, "h2", 1, 1, |_| {}).await, Ok(()), "the first TPM is free again");
+    assert_eq!(join(&store, "h1", 1, 3, |t| t.replace = true).await, Err("ek-in-use"), "not even then");
+    // By hand: no endorsement key is known.
+    store.enrol(&enrolment_of("h5", 5), false).await.unwrap();
+    assert_eq!(join(&store, "h5", 5, 6, |_| {}).await, Err("id-other-ak"));
+    assert_eq!(join(&store, "h6", 6, 5, |_| {}).await, Err("ak-in-use"));
+    assert_eq!(join(&store, "h5", 5, 5, |_| {}).await, Ok(()));
+}
+
+#[tokio::test]
+async fn withdrawn_hosts() {
+    let (_dir, store) = store().await;
+    join(&store, "h1", 1, 1, |_| {}).await.unwrap();
+    store.set_standing(&id("h1"), Standing::Revoked).await.unwrap();
+    assert_eq!(store.joined(&id("h1")).await.unwrap().0, Standing::Revoked);
+    assert_eq!(join(&store, "h1", 1, 1, |_| {}).await, Err("host-withdrawn"));
+    assert_eq!(join(&store, "h2", 1, 1, |_| {}).await, Err("ek-in-use"), "its TPM is not free");
+    store.set_standing(&id("h1"), Standing::Retired).await.unwrap();
+    assert_eq!(join(&store, "h1", 1, 1, |_| {}).await, Err("host-withdrawn"));
+    assert_eq!(join(&store, "h2", 1, 1, |_| {}).await, Ok(()), "now it is");
+    assert_eq!(join(&store, "h1", 3, 3, |t| t.replace = true).await, Ok(()));
+    assert_eq!(store.joined(&id("h1")).await.unwrap().0, Standing::Enrolled);
+    let nobody = store.set_standing(&id("h9"), Standing::Revoked).await;
+    assert!(matches!(nobody, Err(StoreError::NoHost(_))));
+}
+
+#[tokio::test]
+async fn certificates_end_with_the_join_that_gave_them() {
+    let (_dir, store) = store().await;
+    for name in ["a", "b"] {
+        store.create_token(&token(name), NOW).await.unwrap();
+    }
+    join_with(&store, "a", "h1", 1, 1, b"first").await.unwrap();
+    let first = store.certificate(b"first").await.unwrap().unwrap();
+    assert!(!first.revoked && first.host == id("h1") && first.ak == [1]);
+    let renewed = IssuedCertificate { serial: b"renewed".to_vec(), ..first };
+    store.add_certificate(&renewed).await.unwrap();
+    join_with(&store, "b", "h1", 1, 1, b"second").await.unwrap();
+    let revoked = async |serial: &[u8]| store.certificate(serial).await.unwrap().unwrap().revoked;
+    assert!(revoked(b"first").await && revoked(b"renewed").await && !revoked(b"second").await);
+    store.set_standing(&id("h1"), Standing::Revoked).await.unwrap();
+    assert!(revoked(b"second").await);
+    assert_eq!(store.certificate(b"none").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn addresses_move_unless_they_are_fixed() {
+    let (_dir, store) = store().await;
+    join(&store, "h1", 1, 1, |_| {}).await.unwrap();
+    store.move_to(&id("h1"), "https://127.0.0.1:2").await.unwrap();
+    assert_eq!(store.host(&id("h1")).await.unwrap().enrolment.url, "https://127.0.0.1:2");
+    store.driver.run("UPDATE host SET url_fixed = 1", &[]).await.unwrap();
+    store.move_to(&id("h1"), "https://127.0.0.1:3").await.unwrap();
+    assert_eq!(store.host(&id("h1")).await.unwrap().enrolment.url, "https://127.0.0.1:2");
+}
+
+#[tokio::test]
+async fn the_audit_log_is_in_order() {
+    let (_dir, store) = store().await;
+    let entry = |n: u64| AuditEntry {
+        time: TimeMs(n),
+        who: "operator 0".into(),
+        what: "token-create".into(),
+        host: (n == 2).then(|| id("h1")),
+        result: "ok".into(),
+        detail: n.to_string(),
+    };
+    for n in 1..=3 {
+        store.audit(&entry(n)).await.unwrap();
+    }
+    assert_eq!(store.audit_log(2).await.unwrap(), [entry(2), entry(3)]);
+}
