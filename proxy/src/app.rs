@@ -220,7 +220,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         host: config.host_id.clone(),
         log: log.clone(),
         inventory: Arc::clone(&inventory),
-        room: Arc::clone(&room),
+        room: Arc::<Room>::clone(&room),
         processes: Arc::new(move || processes_now(&processes)),
         wait: config.collect_wait(),
         clock: now,

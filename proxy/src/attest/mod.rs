@@ -37,9 +37,10 @@ use tracing::debug;
 use pieces::Logs;
 
 use crate::{
-    guest::Room,
+    guest::{Lists, Room},
     inventory::Inventory,
     log::{LogHandle, LogHead, RecorderError},
+    sink::BoxFuture,
 };
 
 /// Challenges that may wait. More are refused, to come again.
@@ -70,6 +71,33 @@ pub enum AttestError {
     },
 }
 
+/// What a round asks of the guests.
+pub trait Guests: Send + Sync + 'static {
+    /// Asks all connected guests for what is new, waits at most `wait` for them, then until all that came is in the log.
+    /// Gives those that did not answer in time.
+    fn collect(&self, wait: Duration) -> BoxFuture<'_, HashSet<VmRef>>;
+
+    /// Time since a guest's last frame.
+    fn last_contact(&self, vm: &VmRef) -> Option<Duration>;
+
+    /// The lists of these VMs' boots, up to these counts.
+    fn lists(&self, wanted: Vec<(VmRef, u32, u64)>) -> BoxFuture<'_, Lists>;
+}
+
+impl Guests for Room {
+    fn collect(&self, wait: Duration) -> BoxFuture<'_, HashSet<VmRef>> {
+        Box::pin(self.collect(wait))
+    }
+
+    fn last_contact(&self, vm: &VmRef) -> Option<Duration> {
+        self.last_contact(vm)
+    }
+
+    fn lists(&self, wanted: Vec<(VmRef, u32, u64)>) -> BoxFuture<'_, Lists> {
+        Box::pin(self.lists(wanted))
+    }
+}
+
 /// What a round needs.
 pub struct Attester {
     /// The host.
@@ -79,7 +107,7 @@ pub struct Attester {
     /// What the log says is there.
     pub inventory: Arc<RwLock<Inventory>>,
     /// The guests.
-    pub room: Arc<Room>,
+    pub room: Arc<dyn Guests>,
     /// What runs on the host beside what the log says.
     pub processes: Arc<dyn Fn() -> Processes + Send + Sync>,
     /// How long to wait for guests.
@@ -115,7 +143,7 @@ struct Challenge {
 pub struct AttestHandle {
     queue: mpsc::Sender<Challenge>,
     inventory: Arc<RwLock<Inventory>>,
-    room: Arc<Room>,
+    room: Arc<dyn Guests>,
 }
 
 impl AttestHandle {
@@ -215,7 +243,7 @@ impl Attester {
             .log
             .quote(move |log: &LogHead| {
                 let inventory = inventory.read().unwrap_or_else(PoisonError::into_inner);
-                let statement = state(host, log, &inventory, &room, &late, processes, clock());
+                let statement = state(host, log, &inventory, &*room, &late, processes, clock());
                 let bytes = statement.to_bytes();
                 let qualifying = nonce_tree::qualifying_data(&root, &bytes);
                 let _ = made.send((statement, bytes));
@@ -253,7 +281,7 @@ fn state(
     host: HostId,
     log: &LogHead,
     inventory: &Inventory,
-    room: &Room,
+    room: &dyn Guests,
     late: &HashSet<VmRef>,
     processes: Processes,
     time: TimeMs,

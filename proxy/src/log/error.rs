@@ -19,7 +19,8 @@ pub struct StoreError {
 }
 
 impl StoreError {
-    pub(crate) fn new(path: impl Into<PathBuf>, doing: &'static str, cause: io::Error) -> Self {
+    /// An error of this file, or of what takes its place.
+    pub fn new(path: impl Into<PathBuf>, doing: &'static str, cause: io::Error) -> Self {
         Self { path: path.into(), doing, cause: Arc::new(cause) }
     }
 }

@@ -79,19 +79,26 @@ impl Recorder {
         store: Box<dyn LogStore>,
         open_tpm: TpmFactory,
     ) -> Result<(Self, LogHandle), RecorderError> {
-        let journal = Journal::start(config, store, open_tpm)?;
-        let (requests, queue) = mpsc::channel(MAX_REQUESTS);
-        let handle = LogHandle {
-            requests,
-            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
-            state: journal.subscribe(),
-            reader: journal.reader(),
-        };
+        let (worker, handle) = Worker::start(config, store, open_tpm)?;
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
-            .spawn(move || Worker { journal, queue, pending: VecDeque::new() }.run())
+            .spawn(move || worker.run())
             .map_err(|error| super::StoreError::new("recorder", "start its thread", error))?;
         Ok((Self { thread }, handle))
+    }
+
+    /// The same without a thread: whoever polls the future does the work. For TPMs and logs in memory, which make
+    /// nobody wait, such as those of simulated hosts. The future ends when every [`LogHandle`] is gone.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_in_memory(
+        config: RecorderConfig,
+        store: Box<dyn LogStore>,
+        open_tpm: TpmFactory,
+    ) -> Result<(impl Future<Output = ()> + Send + 'static, LogHandle), RecorderError> {
+        let (worker, handle) = Worker::start(config, store, open_tpm)?;
+        Ok((worker.run_in_memory(), handle))
     }
 
     /// Waits until the thread has ended: the TPM is closed then.
@@ -273,30 +280,65 @@ struct Worker {
 }
 
 impl Worker {
+    fn start(
+        config: RecorderConfig,
+        store: Box<dyn LogStore>,
+        open_tpm: TpmFactory,
+    ) -> Result<(Self, LogHandle), RecorderError> {
+        let journal = Journal::start(config, store, open_tpm)?;
+        let (requests, queue) = mpsc::channel(MAX_REQUESTS);
+        let handle = LogHandle {
+            requests,
+            room: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
+            state: journal.subscribe(),
+            reader: journal.reader(),
+        };
+        Ok((Self { journal, queue, pending: VecDeque::new() }, handle))
+    }
+
     fn run(mut self) {
         loop {
             if self.pending.is_empty() {
                 let Some(request) = self.queue.blocking_recv() else { return };
                 self.pending.push_back(request);
             }
-            while self.pending.len() < MAX_REQUESTS
-                && let Ok(request) = self.queue.try_recv()
-            {
+            self.gather();
+            if !self.rests() {
+                self.step();
+            }
+        }
+    }
+
+    /// A TPM in memory needs no rest.
+    async fn run_in_memory(mut self) {
+        loop {
+            if self.pending.is_empty() {
+                let Some(request) = self.queue.recv().await else { return };
                 self.pending.push_back(request);
             }
-            if self.rests() {
-                continue;
+            self.gather();
+            self.step();
+        }
+    }
+
+    fn gather(&mut self) {
+        while self.pending.len() < MAX_REQUESTS
+            && let Ok(request) = self.queue.try_recv()
+        {
+            self.pending.push_back(request);
+        }
+    }
+
+    fn step(&mut self) {
+        match self.pending.pop_front() {
+            Some(Request::Append(first)) => self.append(first),
+            Some(Request::Quote { prepare, reply }) => {
+                let _ = reply.send(self.journal.quote(prepare));
             }
-            match self.pending.pop_front() {
-                Some(Request::Append(first)) => self.append(first),
-                Some(Request::Quote { prepare, reply }) => {
-                    let _ = reply.send(self.journal.quote(prepare));
-                }
-                Some(Request::Ready { reply }) => {
-                    let _ = reply.send(self.journal.ready());
-                }
-                None => {}
+            Some(Request::Ready { reply }) => {
+                let _ = reply.send(self.journal.ready());
             }
+            None => {}
         }
     }
 
