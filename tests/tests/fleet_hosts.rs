@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use onequote_evidence::{id::Nonce, stream::Have, tpm::Public};
 use onequote_tests::{
-    fleet::{Catalogue, Host, Surroundings, Truth, now},
+    fleet::{Attack, Catalogue, Host, Surroundings, Truth, now},
     lab::Random,
 };
 use onequote_verifier::{
@@ -99,4 +99,29 @@ async fn an_honest_host_is_trusted_through_its_whole_life() {
     host.reboot().await.unwrap();
     host.start_vms(5).await.unwrap();
     check(&verifier.round(&host).await, &host);
+}
+
+/// Each on a host of its own that was honest before: evidence was taken of it with which the attack has to fit.
+#[tokio::test]
+async fn every_attack_gives_its_finding() {
+    let folder = tempfile::tempdir().unwrap();
+    let around = surroundings(folder.path());
+    for (number, attack) in Attack::ALL.into_iter().enumerate() {
+        let mut random = Random::seeded(number as u64);
+        let mut host = Host::new(&format!("h{number}"), Arc::clone(&around)).unwrap();
+        let mut verifier = Verifier::new(&around);
+        host.boot().unwrap();
+        host.start_vms(5).await.unwrap();
+        attack.prepare(&mut host, &mut random).await.unwrap();
+        let vm = host.any_running(&mut random).unwrap();
+        host.run_programs(vm, &[30, 31]).await.unwrap();
+        let before = verifier.round(&host).await;
+        assert!(before.all_trusted(), "{attack:?}: {}", serde_json::to_string_pretty(&before).unwrap());
+        attack.strike(&mut host, &mut random).await.unwrap();
+        let verdict = verifier.round(&host).await;
+        let shown = serde_json::to_string_pretty(&verdict).unwrap();
+        assert!(!verdict.all_trusted(), "{attack:?}: {shown}");
+        let found = attack.found_in(&verdict);
+        assert!(found, "{attack:?} must give {}: {shown}", attack.code());
+    }
 }

@@ -14,7 +14,7 @@ pub struct Disk(Arc<Mutex<BTreeMap<u64, Vec<u8>>>>);
 
 /// What was on a disk at some time.
 #[derive(Clone)]
-pub struct Saved(BTreeMap<u64, Vec<u8>>);
+pub struct SavedDisk(BTreeMap<u64, Vec<u8>>);
 
 impl Disk {
     /// For the proxy.
@@ -25,13 +25,19 @@ impl Disk {
 
     /// What is on it now.
     #[must_use]
-    pub fn save(&self) -> Saved {
-        Saved(self.lock().clone())
+    pub fn save(&self) -> SavedDisk {
+        SavedDisk(self.lock().clone())
     }
 
     /// Puts back what was on it.
-    pub fn put_back(&self, saved: &Saved) {
+    pub fn put_back(&self, saved: &SavedDisk) {
         self.lock().clone_from(&saved.0);
+    }
+
+    /// Another disk with the same content.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.lock().clone())))
     }
 
     /// Edits the newest log.

@@ -20,7 +20,7 @@ pub struct GuestLists {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct State {
     /// The host's dictionary: the catalogue's numbers in the order in which this host saw them first.
     dictionary: Vec<u32>,
@@ -30,6 +30,7 @@ struct State {
     exchanged: Option<(VmRef, usize, u32)>,
 }
 
+#[derive(Clone)]
 struct List {
     boot: u32,
     references: Vec<u32>,
@@ -72,6 +73,12 @@ impl GuestLists {
         let list = state.lists.get(&vm).and_then(|lists| lists.iter().find(|list| list.boot == boot));
         let place = state.places.get(&(number as u32));
         list.zip(place).is_some_and(|(list, place)| list.references.contains(place))
+    }
+
+    /// The same again, for another machine.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self { catalogue: Arc::clone(&self.catalogue), state: Mutex::new(self.lock().clone()) }
     }
 
     /// A VM's process is gone.

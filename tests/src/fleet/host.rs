@@ -26,9 +26,9 @@ use onequote_proxy::{
 
 use super::{
     catalogue::{self, Catalogue, HASH_SIZE, KINDS},
-    disk::Disk,
+    disk::{Disk, SavedDisk},
     guests::GuestLists,
-    tpm::{self, Chip},
+    tpm::{self, Chip, SavedChip},
 };
 use crate::lab::Random;
 
@@ -69,6 +69,10 @@ pub struct Host {
     pub unmanaged: Arc<Mutex<Vec<Unmanaged>>>,
     /// The registers that its quotes cover.
     pub quoted_pcrs: Vec<u8>,
+    /// An attacker's: what TPM and disk held at an earlier time.
+    pub saved: Option<(SavedChip, SavedDisk)>,
+    /// An attacker's: the machine at an earlier time.
+    pub saved_copy: Option<Box<Host>>,
     around: Arc<Surroundings>,
     /// Every VM that there ever was, running or not.
     vms: Vec<Vm>,
@@ -79,6 +83,7 @@ pub struct Host {
 }
 
 /// A VM.
+#[derive(Clone)]
 struct Vm {
     id: VmId,
     kind: usize,
@@ -126,6 +131,8 @@ impl Host {
             inventory: Arc::default(),
             unmanaged: Arc::default(),
             quoted_pcrs: tpm::quoted(),
+            saved: None,
+            saved_copy: None,
             around,
             vms: Vec::new(),
             boots: 0,
@@ -345,6 +352,27 @@ impl Host {
         Ok(())
     }
 
+    /// Another machine with the same TPM, disk and VMs: a copy of this one as it is now. Its proxy does not run yet.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self {
+            id: self.id.clone(),
+            chip: self.chip.copy(),
+            disk: self.disk.copy(),
+            guests: Arc::new(self.guests.copy()),
+            inventory: Arc::default(),
+            unmanaged: Arc::default(),
+            quoted_pcrs: self.quoted_pcrs.clone(),
+            saved: None,
+            saved_copy: None,
+            around: Arc::clone(&self.around),
+            vms: self.vms.clone(),
+            boots: self.boots,
+            processes: self.processes,
+            running: None,
+        }
+    }
+
     /// Logs something that an attacker wants there.
     ///
     /// # Errors
@@ -399,10 +427,19 @@ impl Host {
         Ok(Truth { epoch: head.epoch.number, records: head.log_len, vms })
     }
 
-    /// The VM's image as it is, for an attacker who starts it from another.
+    /// An attacker's: a VM that is off is started from an image that somebody has changed meanwhile.
+    pub fn change_image(&mut self) -> Option<VmId> {
+        let vm = self.vms.iter_mut().find(|vm| vm.session.is_none())?;
+        vm.changes += 1000;
+        Some(vm.id)
+    }
+
+    /// The number of an entry that no guest may have.
     #[must_use]
-    pub fn kind_of(&self, key: VmRef) -> usize {
-        self.vms.iter().find(|vm| vm.id == key.vm).map_or(0, |vm| vm.kind)
+    pub fn forbidden(&self, random: &mut Random) -> usize {
+        let catalogue = &self.around.catalogue;
+        let count = (catalogue.entries.len() - catalogue.allowed) as u64;
+        catalogue.allowed + random.below(count) as usize
     }
 }
 

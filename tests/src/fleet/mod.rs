@@ -5,14 +5,16 @@
 //! replays, and what it sends is made by the code that a real proxy sends with. What is simulated is what happens:
 //! VMs that start and stop, guests that run programs, reboots.
 
+mod attack;
 pub mod catalogue;
 mod disk;
 mod guests;
 mod host;
 mod tpm;
 
+pub use attack::Attack;
 pub use catalogue::Catalogue;
-pub use disk::Disk;
+pub use disk::{Disk, SavedDisk};
 pub use guests::GuestLists;
 pub use host::{Host, Surroundings, Truth, now};
-pub use tpm::Chip;
+pub use tpm::{Chip, SavedChip};

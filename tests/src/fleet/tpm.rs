@@ -24,9 +24,10 @@ const FAILURE: u32 = 0x101;
 #[derive(Clone)]
 pub struct Chip(Arc<Mutex<State>>);
 
+#[derive(Clone)]
 struct State {
-    ak: Ak,
-    ek: Ek,
+    ak: Arc<Ak>,
+    ek: Arc<Ek>,
     /// `TPM2B_PUBLIC` of `ak`, which is asked for often.
     ak_public: Arc<[u8]>,
     qualified_signer: Vec<u8>,
@@ -34,14 +35,14 @@ struct State {
     powered: Instant,
     clock: Clock,
     /// Signs in place of `ak` when it is set: somebody else's quotes.
-    other: Option<Ak>,
+    other: Option<Arc<Ak>>,
     quotes: u64,
     extends: u64,
 }
 
 /// A chip's memory at some time, to be put back: a software TPM's files, or a VM's snapshot.
 #[derive(Clone)]
-pub struct Saved {
+pub struct SavedChip {
     values: [Sha256; PCR_COUNT as usize],
     clock: Clock,
 }
@@ -60,8 +61,8 @@ impl Chip {
             // Part 1, section 16.3: over the handle of the hierarchy and the name.
             qualified_signer: [&[0, 0x0b], sha256(&[&0x4000_000b_u32.to_be_bytes(), &name]).as_bytes()].concat(),
             ak_public: ak_public.into(),
-            ak,
-            ek,
+            ak: Arc::new(ak),
+            ek: Arc::new(ek),
             values: [Sha256::ZERO; PCR_COUNT as usize],
             powered: Instant::now(),
             clock: Clock { clock: 0, reset_count: 0, restart_count: 0, safe: true },
@@ -115,15 +116,26 @@ impl Chip {
 
     /// Registers and clock as they are.
     #[must_use]
-    pub fn save(&self) -> Saved {
+    pub fn save(&self) -> SavedChip {
         let state = self.lock();
-        Saved { values: state.values, clock: state.now() }
+        SavedChip { values: state.values, clock: state.now() }
     }
 
     /// Puts back what was saved: no chip can be made to do this, a program can.
-    pub fn put_back(&self, saved: &Saved) {
+    pub fn put_back(&self, saved: &SavedChip) {
         let mut state = self.lock();
         (state.values, state.clock, state.powered) = (saved.values, saved.clock, Instant::now());
+    }
+
+    /// The same by somebody who thinks of the clock and lets it run on.
+    pub fn put_back_registers(&self, saved: &SavedChip) {
+        self.lock().values = saved.values;
+    }
+
+    /// Another chip with the same keys and the same memory: no chip can be copied, a program can.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.lock().clone())))
     }
 
     /// Sets the clock back.
@@ -139,7 +151,8 @@ impl Chip {
     /// # Errors
     /// The random generator fails.
     pub fn exchange_key(&self) -> anyhow::Result<()> {
-        self.lock().other = Some(Ak::generate().map_err(|_| anyhow::anyhow!("no key could be made"))?);
+        let key = Ak::generate().map_err(|_| anyhow::anyhow!("no key could be made"))?;
+        self.lock().other = Some(Arc::new(key));
         Ok(())
     }
 
