@@ -35,7 +35,7 @@ fn entry(alg: HashAlg, content: &[u8], signature: &[u8]) -> Vec<u8> {
 
 fn judge(policy: &Policy, raw: &[u8]) -> Option<Code> {
     let entry = Entry::parse(raw, 20).unwrap();
-    Judge::new(policy.host.ima_rule()).list(&[entry]).pop().map(|finding| finding.code)
+    Judge::new(&policy.host.ima).list(&[entry]).pop().map(|finding| finding.code)
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn signatures_of_evmctl() {
             fs::write(at("policy.toml"), format!("[host]\nima_keys = [{files}]\n")).unwrap();
             let (policy, text) = Policy::load(&at("policy.toml")).unwrap();
             // As it is stored: the keys are in it.
-            assert!(Policy::parse(&text, "stored").unwrap().host.ima_keys == policy.host.ima_keys);
+            assert!(Policy::parse(&text, "stored").unwrap().host.ima.keys == policy.host.ima.keys);
             policy
         };
         for alg in [HashAlg::Sha256, HashAlg::Sha384, HashAlg::Sha512] {

@@ -45,7 +45,7 @@ fn policies_are_read() {
         fs::write(dir.path().join("host-files.toml"), files).unwrap();
         fs::write(dir.path().join("vendor.pem"), VENDOR).unwrap();
         let (policy, _) = Policy::load(&path).unwrap_or_else(|e| panic!("{e}\n{text}"));
-        assert_eq!(policy.host.ima.as_ref().map(onequote_verifier::policy::AllowList::len), Some(1));
+        assert_eq!(policy.host.ima.allow.as_ref().map(onequote_verifier::policy::AllowList::len), Some(1));
         assert_eq!(policy.vms.len(), 1);
     }
 }

@@ -23,7 +23,7 @@ const MAX_SHOWN: usize = 200;
 
 /// Judges the entries of lists by one rule, and remembers what it judged.
 pub struct Judge<'r> {
-    rule: ImaRule<'r>,
+    rule: &'r ImaRule,
     judged: HashMap<(usize, u32), Option<Finding>>,
     unchecked: BTreeSet<&'static str>,
 }
@@ -31,13 +31,13 @@ pub struct Judge<'r> {
 impl<'r> Judge<'r> {
     /// By this rule; where it says nothing of files, only form and violations count.
     #[must_use]
-    pub fn new(rule: ImaRule<'r>) -> Self {
+    pub fn new(rule: &'r ImaRule) -> Self {
         Self { rule, judged: HashMap::new(), unchecked: BTreeSet::new() }
     }
 
     /// Judges a dictionary's entry, which must always be the same for the same hash size and index.
     pub fn shared(&mut self, hash_size: usize, index: u32, entry: &Entry<'_>) -> Option<&Finding> {
-        let (rule, unchecked) = (&self.rule, &mut self.unchecked);
+        let (rule, unchecked) = (self.rule, &mut self.unchecked);
         self.judged.entry((hash_size, index)).or_insert_with(|| judge(rule, entry, unchecked)).as_ref()
     }
 
@@ -46,7 +46,7 @@ impl<'r> Judge<'r> {
     pub fn list(&mut self, entries: &[Entry<'_>]) -> Vec<Finding> {
         let mut seen = HashSet::new();
         let new = entries.iter().filter(|entry| seen.insert(entry.raw));
-        new.filter_map(|entry| judge(&self.rule, entry, &mut self.unchecked)).collect()
+        new.filter_map(|entry| judge(self.rule, entry, &mut self.unchecked)).collect()
     }
 
     /// What of the entries so far could not be checked, in words.
@@ -55,7 +55,7 @@ impl<'r> Judge<'r> {
     }
 }
 
-fn judge(rule: &ImaRule<'_>, entry: &Entry<'_>, unchecked: &mut BTreeSet<&'static str>) -> Option<Finding> {
+fn judge(rule: &ImaRule, entry: &Entry<'_>, unchecked: &mut BTreeSet<&'static str>) -> Option<Finding> {
     let fields = match entry.fields() {
         Ok(fields) => fields,
         Err(e) => return Some(Finding::new(Code::ImaMalformed, String::from_utf8_lossy(entry.name)).actual(e)),
@@ -95,7 +95,7 @@ fn judge(rule: &ImaRule<'_>, entry: &Entry<'_>, unchecked: &mut BTreeSet<&'stati
 
 /// A file is allowed by its digest, or by a good signature; where the rule wants a signature, by that alone.
 fn judge_file(
-    rule: &ImaRule<'_>,
+    rule: &ImaRule,
     path: String,
     fields: &Fields<'_>,
     unchecked: &mut BTreeSet<&'static str>,
@@ -105,7 +105,8 @@ fn judge_file(
         DigestKind::Untold | DigestKind::File => fields.digest_alg.to_owned(),
         DigestKind::Verity => format!("{VERITY}{}", fields.digest_alg),
     };
-    let listed = rule.allow.map_or(Judgement::UnknownFile(None), |allow| allow.judge(fields.path, &alg, fields.digest));
+    let listed =
+        rule.allow.as_ref().map_or(Judgement::UnknownFile(None), |allow| allow.judge(fields.path, &alg, fields.digest));
     if listed == Judgement::Allowed && !must {
         return None;
     }
@@ -113,7 +114,7 @@ fn judge_file(
         unchecked
             .insert("appended signatures (ima-modsig) are not checked: files with one count by digest or security.ima");
     }
-    let signed = keys::check(rule.keys, fields);
+    let signed = keys::check(&rule.keys, fields);
     if signed == Signed::Uncheckable {
         unchecked
             .insert("portable signatures of EVM are not checked: a list does not have the metadata that they sign");
@@ -147,7 +148,7 @@ fn judge_file(
 }
 
 /// The caller must have held the buffer against its digest.
-fn judge_buffer(rule: &ImaRule<'_>, name: &str, buffer: &[u8], fields: &Fields<'_>) -> Option<Finding> {
+fn judge_buffer(rule: &ImaRule, name: &str, buffer: &[u8], fields: &Fields<'_>) -> Option<Finding> {
     if !rule.judges_buffers() {
         return None;
     }
@@ -156,7 +157,8 @@ fn judge_buffer(rule: &ImaRule<'_>, name: &str, buffer: &[u8], fields: &Fields<'
     if rule.ignored_keyrings.iter().find(named).is_some() {
         return None;
     }
-    let known: Vec<&Content> = [rule.buffers, rule.keyrings].iter().filter_map(|map| map.get(name)).flatten().collect();
+    let known: Vec<&Content> =
+        [&rule.buffers, &rule.keyrings].iter().filter_map(|map| map.get(name)).flatten().collect();
     if known.iter().any(|content| content.fits(buffer)) {
         return None;
     }

@@ -244,7 +244,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
 
     let (boot, found) = firmware::check(&evidence.firmware, &registers, log.start(), &policy.host, &mut skipped);
     host.extend(found);
-    let host_rule = policy.host.ima_rule();
+    let host_rule = &policy.host.ima;
     let demanded = host_rule.judges_files() || host_rule.judges_buffers();
     let host_list = match host_ima::check(&evidence.host_ima, &registers, demanded, &mut skipped) {
         Ok(list) => list,

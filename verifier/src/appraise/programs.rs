@@ -160,11 +160,11 @@ fn replaced(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)], rule: &HostRule)
     if seen.len() < 2 {
         return Vec::new();
     }
-    let mut judge = Judge::new(rule.ima_rule());
+    let mut judge = Judge::new(&rule.ima);
     let mut allowed = |(path, digest): &(String, FileDigest)| {
         let named = matches!(&rule.proxy, Allowed::Digests(list) if list.iter().any(|one| one.digest == *digest));
         let entry = listed.at(path).iter().find(|(listed, _)| *listed == digest.value);
-        named || rule.ima_rule().judges_files() && entry.is_some_and(|(_, entry)| judge.list(&[**entry]).is_empty())
+        named || rule.ima.judges_files() && entry.is_some_and(|(_, entry)| judge.list(&[**entry]).is_empty())
     };
     let show = |(path, digest): &(String, FileDigest)| format!("{path}, {digest}");
     let mut unknown: Vec<_> = seen.iter().filter(|(program, _)| !allowed(program)).collect();

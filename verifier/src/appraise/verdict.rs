@@ -122,7 +122,7 @@ pub(super) fn vms(
         findings.extend(boots_without_reset(one));
         findings.extend(judge::vm(one, rule.map(|(_, rule)| rule)));
         if let Some((index, rule)) = rule {
-            let judge = judges.entry(index).or_insert_with(|| Judge::new(rule.ima_rule()));
+            let judge = judges.entry(index).or_insert_with(|| Judge::new(&rule.ima));
             let mut seen = HashSet::new();
             for list in guests.lists.iter().filter(|list| list.session == one.vm.session) {
                 let entries = dictionary.entries(list.hash_size);
@@ -133,7 +133,7 @@ pub(super) fn vms(
                     }
                 }
             }
-            if !rule.ima_rule().judges_files() {
+            if !rule.ima.judges_files() {
                 let reason = format!("{}: its rule has no allow list", one.name);
                 skipped.push(Skipped::new("guest-ima", reason));
             }

@@ -156,9 +156,9 @@ pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliE
         PolicyCommand::Check { file } => {
             let (policy, _) = Policy::load(&file)?;
             let files = |list: Option<&crate::policy::AllowList>| list.map_or(0, crate::policy::AllowList::len);
-            let all: usize = policy.vms.iter().map(|vm| files(vm.ima.as_ref())).sum();
+            let all: usize = policy.vms.iter().map(|vm| files(vm.ima.allow.as_ref())).sum();
             let (registers, rules) = (policy.host.registers.len(), policy.vms.len());
-            let all = all + files(policy.host.ima.as_ref());
+            let all = all + files(policy.host.ima.allow.as_ref());
             say(&format!("{}: {registers} registers, {rules} VM rules, {all} files\n", file.display()))
         }
         PolicyCommand::AcceptImage { host, vm, slot, digest } => {

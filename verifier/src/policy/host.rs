@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use onequote_evidence::{
     event::GapReason,
@@ -10,11 +10,14 @@ use onequote_evidence::{
     pcr::{DEFAULT_PCR_GUEST, DEFAULT_PCR_VM},
 };
 
-use super::{AllowList, Allowed, Consent, Content, Excludes, FirmwareRule, KeyEntry, OneOrMore, Pattern, Pcr};
+use super::{
+    Allowed, Consent, FirmwareRule, ImaRule, OneOrMore, Pcr,
+    part::{self, Whole},
+};
 
 /// What is demanded of the host.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct HostRule {
     /// Allowed SHA-256 values by register.
     #[serde(default)]
@@ -44,31 +47,23 @@ pub struct HostRule {
     /// Whether the proxy's and QEMU's programs may be missing in the host's IMA list.
     #[serde(default)]
     pub unlisted_programs: Consent,
-    /// Files that the host's IMA list may hold; with it the list is demanded.
-    pub ima: Option<AllowList>,
-    /// The same, in files of their own, relative to the policy's.
-    pub ima_file: Option<OneOrMore<String>>,
-    /// Path patterns that are not judged.
-    #[serde(default)]
-    pub ima_ignore: Vec<Pattern>,
-    /// The same as regular expressions, each of which must fit a path's beginning.
-    #[serde(default)]
-    pub ima_exclude: Excludes,
-    /// Keys that may sign files; a file with a good signature is allowed.
-    #[serde(default)]
-    pub ima_keys: Vec<KeyEntry>,
-    /// Patterns of paths that must have a good signature.
-    #[serde(default)]
-    pub ima_signed: Vec<Pattern>,
-    /// What the kernel may measure beside files, by name: `kexec-cmdline`, …
-    #[serde(default)]
-    pub ima_buf: BTreeMap<String, Vec<Content>>,
-    /// Keys that may be put on keyrings, by keyring.
-    #[serde(default)]
-    pub ima_keyrings: BTreeMap<String, Vec<Content>>,
-    /// Keyrings whose keys are not judged.
-    #[serde(default)]
-    pub ima_ignored_keyrings: Vec<Pattern>,
+    /// What the host's IMA list may hold; with an allow list the list is demanded.
+    #[serde(skip)]
+    pub ima: ImaRule,
+}
+
+impl Whole<ImaRule> for HostRule {
+    fn own<'de, D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        // The function that serde has made for the fields above, not the one below.
+        Self::deserialize(d)
+    }
+}
+
+impl<'de> Deserialize<'de> for HostRule {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let (rule, ima) = part::deserialize::<Self, _, D>(d)?;
+        Ok(Self { ima, ..rule })
+    }
 }
 
 impl Default for HostRule {
@@ -84,15 +79,7 @@ impl Default for HostRule {
             firmware: None,
             proxy: Allowed::Any,
             unlisted_programs: Consent::Refused,
-            ima: None,
-            ima_file: None,
-            ima_ignore: Vec::new(),
-            ima_exclude: Excludes::default(),
-            ima_keys: Vec::new(),
-            ima_signed: Vec::new(),
-            ima_buf: BTreeMap::new(),
-            ima_keyrings: BTreeMap::new(),
-            ima_ignored_keyrings: Vec::new(),
+            ima: ImaRule::default(),
         }
     }
 }

@@ -3,65 +3,67 @@
 use std::collections::BTreeMap;
 
 use regex::RegexSet;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, de::MapAccess};
 
 use onequote_evidence::digest::HashAlg;
 
-use super::{AllowList, FileHash, HostRule, KeyEntry, Pattern, VmRule};
+use super::{AllowList, FileHash, KeyEntry, OneOrMore, Pattern, part::Part};
 
-/// The part of a host's or VM's rule that is about its IMA list.
-#[derive(Debug, Clone, Copy)]
-pub struct ImaRule<'r> {
-    /// Files by path.
-    pub allow: Option<&'r AllowList>,
-    /// Path patterns that are not judged.
-    pub ignore: &'r [Pattern],
-    /// The same as regular expressions.
-    pub exclude: &'r Excludes,
-    /// Keys that may sign files.
-    pub keys: &'r [KeyEntry],
-    /// Patterns of paths that must have a good signature.
-    pub signed: &'r [Pattern],
-    /// Buffers by name.
-    pub buffers: &'r BTreeMap<String, Vec<Content>>,
-    /// Keys by keyring.
-    pub keyrings: &'r BTreeMap<String, Vec<Content>>,
-    /// Keyrings whose keys are not judged.
-    pub ignored_keyrings: &'r [Pattern],
+/// The part of a host's or VM's rule that is about its IMA list: the keys that begin with `ima`.
+#[derive(Debug, Clone, Default)]
+pub struct ImaRule {
+    /// `ima`: files that the list may hold; with it the list is judged.
+    pub allow: Option<AllowList>,
+    /// `ima_file`: the same, in files of their own, relative to the policy's.
+    pub files: Option<OneOrMore<String>>,
+    /// `ima_ignore`: path patterns that are not judged.
+    pub ignore: Vec<Pattern>,
+    /// `ima_exclude`: the same as regular expressions, each of which must fit a path's beginning.
+    pub exclude: Excludes,
+    /// `ima_keys`: keys that may sign files; a file with a good signature is allowed.
+    pub keys: Vec<KeyEntry>,
+    /// `ima_signed`: patterns of paths that must have a good signature.
+    pub signed: Vec<Pattern>,
+    /// `ima_buf`: what the kernel may measure beside files, by name: `kexec-cmdline`, …
+    pub buffers: BTreeMap<String, Vec<Content>>,
+    /// `ima_keyrings`: keys that may be put on keyrings, by keyring.
+    pub keyrings: BTreeMap<String, Vec<Content>>,
+    /// `ima_ignored_keyrings`: keyrings whose keys are not judged.
+    pub ignored_keyrings: Vec<Pattern>,
 }
 
-macro_rules! ima_rule {
-    ($rule:expr) => {
-        ImaRule {
-            allow: $rule.ima.as_ref(),
-            ignore: &$rule.ima_ignore,
-            exclude: &$rule.ima_exclude,
-            keys: &$rule.ima_keys,
-            signed: &$rule.ima_signed,
-            buffers: &$rule.ima_buf,
-            keyrings: &$rule.ima_keyrings,
-            ignored_keyrings: &$rule.ima_ignored_keyrings,
+impl Part for ImaRule {
+    const PREFIX: &'static str = "ima";
+    const KEYS: &'static [&'static str] = &[
+        "ima",
+        "ima_file",
+        "ima_ignore",
+        "ima_exclude",
+        "ima_keys",
+        "ima_signed",
+        "ima_buf",
+        "ima_keyrings",
+        "ima_ignored_keyrings",
+    ];
+
+    fn take<'de, M: MapAccess<'de>>(&mut self, key: &str, map: &mut M) -> Result<(), M::Error> {
+        match key {
+            "ima" => self.allow = Some(map.next_value()?),
+            "ima_file" => self.files = Some(map.next_value()?),
+            "ima_ignore" => self.ignore = map.next_value()?,
+            "ima_exclude" => self.exclude = map.next_value()?,
+            "ima_keys" => self.keys = map.next_value()?,
+            "ima_signed" => self.signed = map.next_value()?,
+            "ima_buf" => self.buffers = map.next_value()?,
+            "ima_keyrings" => self.keyrings = map.next_value()?,
+            "ima_ignored_keyrings" => self.ignored_keyrings = map.next_value()?,
+            _ => return Err(serde::de::Error::unknown_field(key, Self::KEYS)),
         }
-    };
-}
-
-impl HostRule {
-    /// What it says of the host's list.
-    #[must_use]
-    pub fn ima_rule(&self) -> ImaRule<'_> {
-        ima_rule!(self)
+        Ok(())
     }
 }
 
-impl VmRule {
-    /// What it says of the guest's list.
-    #[must_use]
-    pub fn ima_rule(&self) -> ImaRule<'_> {
-        ima_rule!(self)
-    }
-}
-
-impl ImaRule<'_> {
+impl ImaRule {
     /// Whether files are judged at all: something is said of which may be there.
     #[must_use]
     pub fn judges_files(&self) -> bool {

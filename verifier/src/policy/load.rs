@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use onequote_evidence::pcr::PCR_COUNT;
 
-use super::{AllowList, KeyEntry, Policy, SigningKey, keylime::KeylimeError, keys::KeyError};
+use super::{AllowList, ImaRule, KeyEntry, Policy, SigningKey, keylime::KeylimeError, keys::KeyError};
 
 /// The longest policy or allow-list file in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
@@ -103,9 +103,8 @@ impl Policy {
     }
 
     fn names_files(&self) -> bool {
-        let files = |file: bool, keys: &[KeyEntry]| file || keys.iter().any(|key| key.key().is_none());
-        files(self.host.ima_file.is_some(), &self.host.ima_keys)
-            || self.vms.iter().any(|vm| files(vm.ima_file.is_some(), &vm.ima_keys))
+        let files = |ima: &ImaRule| ima.files.is_some() || ima.keys.iter().any(|key| key.key().is_none());
+        files(&self.host.ima) || self.vms.iter().any(|vm| files(&vm.ima))
     }
 
     fn check(&self, path: &Path) -> Result<(), PolicyError> {
@@ -122,14 +121,14 @@ impl Policy {
                 return fail("host.firmware, kernel".into(), "an empty list allows no boot; leave it out not to judge");
             }
         }
-        let without_keys = |rule: super::ImaRule<'_>| !rule.signed.is_empty() && rule.keys.is_empty();
+        let without_keys = |rule: &ImaRule| !rule.signed.is_empty() && rule.keys.is_empty();
         let why = "ima_signed wants signatures: name the keys in ima_keys";
-        if without_keys(host.ima_rule()) {
+        if without_keys(&host.ima) {
             return fail("host".into(), why);
         }
         for (i, vm) in self.vms.iter().enumerate() {
             let rule = format!("vm rule {}", i + 1);
-            if without_keys(vm.ima_rule()) {
+            if without_keys(&vm.ima) {
                 return fail(rule, why);
             }
             if vm.name.is_some() == vm.uuid.is_some() {

@@ -35,6 +35,7 @@ pub mod keylime;
 pub mod keys;
 pub mod learn;
 mod load;
+mod part;
 mod text;
 pub mod tree;
 mod value;

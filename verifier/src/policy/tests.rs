@@ -49,7 +49,7 @@ uuid = "00000000-0000-0000-0000-000000000001"
     assert_eq!(rule.allowed(Role::Initrd), &Allowed::Digests(Vec::new()));
     let Allowed::Digests(lines) = rule.allowed(Role::KernelCmdline) else { panic!("a list") };
     assert_eq!(lines[0].digest, FileDigest::sha256(sha256(&[b"console=ttyS0"])));
-    let ima = rule.ima.as_ref().unwrap();
+    let ima = rule.ima.allow.as_ref().unwrap();
     assert_eq!(ima.judge(b"/bin/sh", "sha256", &[0x11; 32]), Judgement::Allowed);
     assert!(matches!(ima.judge(b"/bin/sh", "sha1", &[0x11; 20]), Judgement::WrongDigest(_)));
     assert_eq!(ima.judge(b"/tmp/sh", "sha256", &[0x11; 32]), Judgement::UnknownFile(Some(b"/bin/sh")));
@@ -76,13 +76,13 @@ fn allow_lists_come_from_files_too() {
     std::fs::write(dir.path().join("web.toml"), format!("\"/bin/a\" = [\"{D1}\"]\n")).unwrap();
     std::fs::write(&path, "[[vm]]\nname = \"a\"\nima_file = \"web.toml\"\n").unwrap();
     let (policy, text) = Policy::load(&path).unwrap();
-    assert_eq!(policy.vms[0].ima.as_ref().unwrap().len(), 1);
-    assert_eq!(Policy::parse(&text, "stored").unwrap().vms[0].ima.as_ref().unwrap().len(), 1);
+    assert_eq!(policy.vms[0].ima.allow.as_ref().unwrap().len(), 1);
+    assert_eq!(Policy::parse(&text, "stored").unwrap().vms[0].ima.allow.as_ref().unwrap().len(), 1);
     let two = "[[vm]]\nname = \"a\"\nima_file = [\"web.toml\", \"more.toml\"]\n";
     let other = D1.replace('1', "2");
     std::fs::write(dir.path().join("more.toml"), format!("\"/bin/a\" = [\"{other}\"]\n\"/b\" = [\"{D1}\"]\n")).unwrap();
     std::fs::write(&path, two).unwrap();
-    let list = Policy::load(&path).unwrap().0.vms.remove(0).ima.unwrap();
+    let list = Policy::load(&path).unwrap().0.vms.remove(0).ima.allow.unwrap();
     assert_eq!(list.len(), 2);
     for byte in [0x11, 0x22] {
         assert_eq!(list.judge(b"/bin/a", "sha256", &[byte; 32]), Judgement::Allowed);
@@ -106,4 +106,23 @@ fn patterns() {
     ] {
         assert_eq!(Pattern(pattern.into()).fits(text), fits, "{pattern} {text}");
     }
+}
+
+#[test]
+fn keys_of_a_measurement_list_are_as_strict_as_all_others() {
+    let e = error("[host]\nima_ignor = []\n");
+    assert!(e.contains("`ima_ignor`") && e.contains("`ima_ignore`") && e.contains("line 2"), "{e}");
+    let e = error("[[vm]]\nname = \"a\"\nima_signd = []\n");
+    assert!(e.contains("`ima_signd`") && e.contains("line 3"), "{e}");
+    let e = error("[[vm]]\nname = \"a\"\nima_ignore = []\nrunntime = \"required\"\n");
+    assert!(e.contains("`runntime`") && e.contains("line 4"), "{e}");
+    // A value that is wrong: its own line.
+    let e = error("[host]\npcr_vm = 12\nima_ignore = 7\n");
+    assert!(e.contains("line 3") && e.contains("7"), "{e}");
+    let e = error("[host]\nima_exclude = [\"(\"]\n");
+    assert!(e.contains("line 2") && e.contains("regular expression"), "{e}");
+    assert!(error("[host]\nima_ignore = []\nima_ignore = []\n").contains("duplicate"));
+    // Each key is the rule's, whichever stands first.
+    let policy = Policy::parse("[host]\nima_ignore = [\"/a\"]\npcr_vm = 11\nima_signed = []\n", "p.toml").unwrap();
+    assert!(policy.host.pcr_vm == 11 && policy.host.ima.ignores("/a"));
 }

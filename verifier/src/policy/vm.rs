@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use onequote_evidence::{digest::FileDigest, event::Role, id::VmId};
 
-use super::{AllowList, Allowed, Consent, Content, Excludes, KeyEntry, OneOrMore, Pattern};
+use super::{
+    Allowed, Consent, ImaRule, Pattern,
+    part::{self, Whole},
+};
 
 /// What is demanded of a VM.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct VmRule {
     /// Pattern of the name: `*` stands for any characters, `?` for one.
     pub name: Option<Pattern>,
@@ -64,31 +67,23 @@ pub struct VmRule {
     /// Seconds that a running guest may be silent.
     #[serde(default = "default_silence")]
     pub max_silence: u64,
-    /// Files that the guest's list may hold; none leaves the list unjudged.
-    pub ima: Option<AllowList>,
-    /// The same, in files of their own, relative to the policy's.
-    pub ima_file: Option<OneOrMore<String>>,
-    /// Path patterns that are not judged.
-    #[serde(default)]
-    pub ima_ignore: Vec<Pattern>,
-    /// The same as regular expressions, each of which must fit a path's beginning.
-    #[serde(default)]
-    pub ima_exclude: Excludes,
-    /// Keys that may sign files; a file with a good signature is allowed.
-    #[serde(default)]
-    pub ima_keys: Vec<KeyEntry>,
-    /// Patterns of paths that must have a good signature.
-    #[serde(default)]
-    pub ima_signed: Vec<Pattern>,
-    /// What the kernel may measure beside files, by name: `kexec-cmdline`, …
-    #[serde(default)]
-    pub ima_buf: BTreeMap<String, Vec<Content>>,
-    /// Keys that may be put on keyrings, by keyring.
-    #[serde(default)]
-    pub ima_keyrings: BTreeMap<String, Vec<Content>>,
-    /// Keyrings whose keys are not judged.
-    #[serde(default)]
-    pub ima_ignored_keyrings: Vec<Pattern>,
+    /// What the guest's IMA list may hold; without allow list and keys its files are not judged.
+    #[serde(skip)]
+    pub ima: ImaRule,
+}
+
+impl Whole<ImaRule> for VmRule {
+    fn own<'de, D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        // The function that serde has made for the fields above, not the one below.
+        Self::deserialize(d)
+    }
+}
+
+impl<'de> Deserialize<'de> for VmRule {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let (rule, ima) = part::deserialize::<Self, _, D>(d)?;
+        Ok(Self { ima, ..rule })
+    }
 }
 
 /// What is demanded of a disk image.

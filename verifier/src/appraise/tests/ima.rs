@@ -119,7 +119,7 @@ fn with_keys(keys: &[&Key], more: &str) -> Policy {
 /// What is found of an entry.
 fn found(policy: &Policy, raw: &[u8]) -> Option<Finding> {
     let entry = Entry::parse(raw, 20).unwrap();
-    let mut findings = Judge::new(policy.host.ima_rule()).list(&[entry]);
+    let mut findings = Judge::new(&policy.host.ima).list(&[entry]);
     assert!(findings.len() <= 1);
     findings.pop()
 }
@@ -175,7 +175,7 @@ fn signatures_that_do_not_count() {
     // Portable signatures of EVM are over what no list has; that is said.
     let evm = ours.sign(5, 2, b"a program");
     let raw = file(HashAlg::Sha256, "/bin/a", b"a program", &evm);
-    let mut judge = Judge::new(policy.host.ima_rule());
+    let mut judge = Judge::new(&policy.host.ima);
     assert_eq!(judge.list(&[Entry::parse(&raw, 20).unwrap()])[0].code, Code::ImaUnknownFile);
     assert!(judge.unchecked().any(|what| what.contains("EVM")));
     assert!(judge.unchecked().all(|what| !what.contains("modsig")));

@@ -57,8 +57,8 @@ fn a_whole_policy() {
     assert_eq!(import.authenticity, Authenticity::Plain);
     assert!(import.notes[0].contains("ima_keys"), "{:?}", import.notes);
     let loaded = load(&import);
-    for rule in [loaded.host.ima_rule(), loaded.vms[0].ima_rule()] {
-        let allow = rule.allow.unwrap();
+    for rule in [&loaded.host.ima, &loaded.vms[0].ima] {
+        let allow = rule.allow.as_ref().unwrap();
         assert_eq!(allow.len(), 3);
         assert_eq!(allow.judge(b"/usr/bin/sh", "sha256", &[0x11; 32]), Judgement::Allowed);
         assert_eq!(allow.judge(b"/usr/bin/sh", "sha1", &[0x22; 20]), Judgement::Allowed);
@@ -91,8 +91,8 @@ fn an_empty_policy_allows_nothing() {
     empty["excludes"] = json!([]);
     empty["ima"]["ignored_keyrings"] = json!(["*"]);
     let loaded = load(&import_plain(&empty).unwrap());
-    let rule = loaded.host.ima_rule();
-    assert!(rule.judges_files() && rule.allow.unwrap().is_empty() && !rule.ignores("/tmp/x"));
+    let rule = &loaded.host.ima;
+    assert!(rule.judges_files() && rule.allow.as_ref().unwrap().is_empty() && !rule.ignores("/tmp/x"));
     assert!(rule.ignored_keyrings[0].fits(".anything"));
 }
 
@@ -108,7 +108,7 @@ fn keys_come_with_their_ids() {
         let mut policy = policy();
         policy["verification-keys"] = json!(text);
         let loaded = load(&import_plain(&policy).unwrap());
-        let keys: Vec<&SigningKey> = loaded.host.ima_keys.iter().filter_map(|entry| entry.key()).collect();
+        let keys: Vec<&SigningKey> = loaded.host.ima.keys.iter().filter_map(|entry| entry.key()).collect();
         assert_eq!(keys[0], &own);
         assert_eq!(keys[1].ids().iter().map(ToString::to_string).nth(1).unwrap(), "deadbeef");
         assert_eq!(keys[1].pem(), other.pem());
@@ -177,7 +177,7 @@ fn signed_policies() {
     };
     let import = open(&signed, Some(&public), false).unwrap();
     assert_eq!(import.authenticity, Authenticity::Signed);
-    assert_eq!(load(&import).host.ima.unwrap().len(), 3);
+    assert_eq!(load(&import).host.ima.allow.unwrap().len(), 3);
     assert!(matches!(open(&signed, None, false), Err(KeylimeError::NoKey)));
     assert!(matches!(open(&signed, Some(&other), false), Err(KeylimeError::Signature)));
     // With a key there is nothing to wave through.

@@ -225,8 +225,8 @@ fn the_lines_for_a_rule_are_a_rule() {
     let policy = dir.path().join("policy.toml");
     fs::write(&policy, format!("[[vm]]\nname = \"a\"\n{}", rule_lines(&path))).unwrap();
     let rule = Policy::load(&policy).unwrap().0.vms.remove(0);
-    is_the_system(rule.ima.as_ref().unwrap());
-    assert_eq!(rule.ima_ignore.len(), RUN_TIME_FILES.len());
+    is_the_system(rule.ima.allow.as_ref().unwrap());
+    assert_eq!(rule.ima.ignore.len(), RUN_TIME_FILES.len());
 }
 
 proptest! {
