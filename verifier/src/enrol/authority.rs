@@ -20,15 +20,12 @@ use rcgen::{
     KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm,
 };
 use rustls::{
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
 
-use super::{
-    EnrolError, Identity,
-    hand::{read, write_private},
-};
+use super::{EnrolError, Identity, hand::write_private};
 use crate::source::Source;
 
 /// Key and certificate of the authority, in one PEM file that only its owner reads.
@@ -114,13 +111,7 @@ impl Authority {
         if !path.exists() {
             return Ok(None);
         }
-        let bytes = read(&path)?;
-        let pem = |what| {
-            let path = path.clone();
-            move |source| EnrolError::Pem { path, what, source }
-        };
-        let certificate = CertificateDer::from_pem_slice(&bytes).map_err(pem("certificate"))?;
-        let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(pem("private key"))?;
+        let Identity { certificate, key } = Identity::read(&path)?;
         let key = KeyPair::try_from(&key).map_err(|source| EnrolError::Certificate { source })?;
         Ok(Some(Self::new(certificate, key, source)))
     }

@@ -133,11 +133,13 @@ impl Identity {
         if !path.exists() {
             return Err(EnrolError::NoIdentity { path, state: state.to_owned() });
         }
-        let bytes = read(&path)?;
-        let pem = |what| {
-            let path = path.clone();
-            move |source| EnrolError::Pem { path, what, source }
-        };
+        Self::read(&path)
+    }
+
+    /// Reads a certificate and its key from one PEM file.
+    pub(super) fn read(path: &Path) -> Result<Self, EnrolError> {
+        let bytes = read(path)?;
+        let pem = |what| move |source| EnrolError::Pem { path: path.to_owned(), what, source };
         let certificate = CertificateDer::from_pem_slice(&bytes).map_err(pem("certificate"))?;
         let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(pem("private key"))?;
         Ok(Self { certificate, key })
@@ -194,7 +196,7 @@ pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), EnrolError>
     written.map_err(|source| EnrolError::File { doing: "cannot write", path: path.to_owned(), source })
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, EnrolError> {
+fn read(path: &Path) -> Result<Vec<u8>, EnrolError> {
     fs::read(path).map_err(|source| EnrolError::File { doing: "cannot read", path: path.to_owned(), source })
 }
 
