@@ -5,7 +5,7 @@
 //! [`VERIFIER_NAME`], which no host can have.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -222,12 +222,6 @@ impl ResolvesServerCert for Authority {
     }
 }
 
-/// The file of the authority's certificate, for people; see [`AUTHORITY_FILE`].
-#[must_use]
-pub fn authority_file(state: &Path) -> PathBuf {
-    state.join(AUTHORITY_FILE)
-}
-
 /// The authority's own name follows from its key: two verifiers' authorities have two names.
 fn params(key: &KeyPair) -> CertificateParams {
     let pin = sha256(&[&key.subject_public_key_info()]).to_string();
@@ -273,7 +267,7 @@ mod tests {
         let made = Authority::open(dir.path(), Arc::new(System)).unwrap();
         let read = Authority::open(dir.path(), Arc::new(System)).unwrap();
         assert_eq!((made.pin(), made.certificate()), (read.pin(), read.certificate()));
-        let mode = std::fs::metadata(authority_file(dir.path())).unwrap().permissions().mode();
+        let mode = std::fs::metadata(dir.path().join(AUTHORITY_FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let authority = x509::Certificate::parse(made.certificate()).unwrap();
         let key = KeyPair::generate().unwrap();
