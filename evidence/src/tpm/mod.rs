@@ -4,6 +4,7 @@
 //! form. What an [`Attest`] says is the TPM's word only after its signature was checked with an AK that the caller
 //! trusts for other reasons than the evidence itself.
 
+mod area;
 mod attest;
 mod public;
 mod signature;

@@ -1,15 +1,10 @@
 //! `TPM2B_PUBLIC` of signing keys (TPM 2.0 Part 2, sections 12.2.4 and 12.2.5).
 
+use super::area::{self, ALG_NULL, Head, Kind};
 use crate::{Malformed, digest::HashAlg, reader::Reader};
 
 const WHAT: &str = "TPM2B_PUBLIC";
 
-/// The longest public area that is read.
-const MAX_PUBLIC: usize = 1024;
-
-const ALG_RSA: u16 = 0x0001;
-const ALG_NULL: u16 = 0x0010;
-const ALG_ECC: u16 = 0x0023;
 const ECC_NIST_P256: u16 = 0x0003;
 
 /// `TPMA_OBJECT` (TPM 2.0 Part 2, section 8.3), as far as an AK must have or must not have them.
@@ -123,27 +118,20 @@ impl Public {
     /// # Errors
     /// [`Malformed`], also for a key that has no signing scheme or is of another kind.
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut outer = Reader::new(WHAT, bytes);
-        let area = outer.tpm2b(MAX_PUBLIC)?;
-        outer.end()?;
-        let mut r = Reader::new("TPMT_PUBLIC", area);
-        let kind = r.u16_be()?;
-        let name_alg = hash(&mut r)?;
-        let attributes = Attributes(r.u32_be()?);
-        r.tpm2b(64)?; // authPolicy
+        let area = area::open(WHAT, bytes)?;
+        let (Head { kind, name_alg, attributes }, mut r) = area::head(area)?;
         if r.u16_be()? != ALG_NULL {
             return Err(r.invalid("a signing key has no symmetric algorithm"));
         }
         let scheme = match r.u16_be()? {
-            0x0018 => SigScheme::Ecdsa(hash(&mut r)?),
-            0x0014 => SigScheme::RsaSsa(hash(&mut r)?),
-            0x0016 => SigScheme::RsaPss(hash(&mut r)?),
+            0x0018 => SigScheme::Ecdsa(area::hash(&mut r)?),
+            0x0014 => SigScheme::RsaSsa(area::hash(&mut r)?),
+            0x0016 => SigScheme::RsaPss(area::hash(&mut r)?),
             _ => return Err(r.invalid("unknown signing scheme, or none")),
         };
         let key = match kind {
-            ALG_ECC => KeyParameters::Ecc(ecc(&mut r)?),
-            ALG_RSA => KeyParameters::Rsa(rsa(&mut r)?),
-            _ => return Err(Malformed::invalid("TPMT_PUBLIC", 0, "neither an ECC nor an RSA key")),
+            Kind::Ecc => KeyParameters::Ecc(ecc(&mut r)?),
+            Kind::Rsa => KeyParameters::Rsa(area::rsa(&mut r)?),
         };
         r.end()?;
         if matches!(key, KeyParameters::Ecc(_)) != matches!(scheme, SigScheme::Ecdsa(_)) {
@@ -155,41 +143,14 @@ impl Public {
     /// The key's name: algorithm, big-endian, and digest of the public area (TPM 2.0 Part 1, section 16).
     #[must_use]
     pub fn name(&self) -> Vec<u8> {
-        [self.name_alg.tpm_id().to_be_bytes().as_slice(), &self.name_alg.hash(&self.area)].concat()
+        area::name(self.name_alg, &self.area)
     }
-}
-
-pub(super) fn hash(r: &mut Reader<'_>) -> Result<HashAlg, Malformed> {
-    HashAlg::from_tpm(r.u16_be()?).ok_or_else(|| r.invalid("unknown hash algorithm"))
 }
 
 fn ecc(r: &mut Reader<'_>) -> Result<EccPublic, Malformed> {
     if r.u16_be()? != ECC_NIST_P256 {
         return Err(r.invalid("the curve is not NIST P-256"));
     }
-    if r.u16_be()? != ALG_NULL {
-        return Err(r.invalid("a signing key has no KDF"));
-    }
-    Ok(EccPublic { x: coordinate(r)?, y: coordinate(r)? })
-}
-
-/// A coordinate, whose leading zeros a TPM may leave out.
-fn coordinate(r: &mut Reader<'_>) -> Result<[u8; 32], Malformed> {
-    let bytes = r.tpm2b(32)?;
-    let mut out = [0; 32];
-    out[32 - bytes.len()..].copy_from_slice(bytes);
-    Ok(out)
-}
-
-pub(super) fn rsa(r: &mut Reader<'_>) -> Result<RsaPublic, Malformed> {
-    let bits = r.u16_be()?;
-    let exponent = match r.u32_be()? {
-        0 => 65537,
-        other => other,
-    };
-    let modulus = r.tpm2b(512)?.to_vec();
-    if !matches!(bits, 2048 | 3072 | 4096) || modulus.len() != usize::from(bits / 8) {
-        return Err(r.invalid("RSA modulus is not 2048, 3072 or 4096 bits"));
-    }
-    Ok(RsaPublic { modulus, exponent })
+    let [x, y] = area::point(r)?;
+    Ok(EccPublic { x, y })
 }

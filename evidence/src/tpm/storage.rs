@@ -1,18 +1,15 @@
 //! `TPM2B_PUBLIC` of storage keys, the kind that endorsement keys are (TPM 2.0 Part 2, section 12.2; TCG EK Credential
 //! Profile for TPM Family 2.0, annex B).
 
-use super::{Attributes, RsaPublic, public};
+use super::{
+    Attributes, RsaPublic,
+    area::{self, ALG_NULL, Head, Kind},
+};
 use crate::{Malformed, digest::HashAlg, reader::Reader};
 
 const WHAT: &str = "TPM2B_PUBLIC (storage key)";
 
-/// The longest public area that is read.
-const MAX_PUBLIC: usize = 1024;
-
-const ALG_RSA: u16 = 0x0001;
 const ALG_AES: u16 = 0x0006;
-const ALG_NULL: u16 = 0x0010;
-const ALG_ECC: u16 = 0x0023;
 const ALG_CFB: u16 = 0x0043;
 
 /// A NIST curve of storage keys.
@@ -73,14 +70,8 @@ impl StorageKey {
     /// # Errors
     /// [`Malformed`], also for a key that signs, is not one of AES-CFB, or is on another curve.
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
-        let mut outer = Reader::new(WHAT, bytes);
-        let area = outer.tpm2b(MAX_PUBLIC)?;
-        outer.end()?;
-        let mut r = Reader::new("TPMT_PUBLIC", area);
-        let kind = r.u16_be()?;
-        let name_alg = public::hash(&mut r)?;
-        let attributes = Attributes(r.u32_be()?);
-        r.tpm2b(64)?; // authPolicy
+        let area = area::open(WHAT, bytes)?;
+        let (Head { kind, name_alg, attributes }, mut r) = area::head(area)?;
         if r.u16_be()? != ALG_AES {
             return Err(r.invalid("a storage key's symmetric algorithm is AES"));
         }
@@ -92,9 +83,8 @@ impl StorageKey {
             return Err(r.invalid("a storage key has no scheme"));
         }
         let key = match kind {
-            ALG_RSA => StorageParameters::Rsa(public::rsa(&mut r)?),
-            ALG_ECC => ecc(&mut r)?,
-            _ => return Err(Malformed::invalid("TPMT_PUBLIC", 0, "neither an ECC nor an RSA key")),
+            Kind::Rsa => StorageParameters::Rsa(area::rsa(&mut r)?),
+            Kind::Ecc => ecc(&mut r)?,
         };
         r.end()?;
         Ok(Self { name_alg, attributes, aes_bits, key, area: area.to_vec() })
@@ -103,28 +93,17 @@ impl StorageKey {
     /// The key's name; see [`super::Public::name`].
     #[must_use]
     pub fn name(&self) -> Vec<u8> {
-        [self.name_alg.tpm_id().to_be_bytes().as_slice(), &self.name_alg.hash(&self.area)].concat()
+        area::name(self.name_alg, &self.area)
     }
 }
 
 fn ecc(r: &mut Reader<'_>) -> Result<StorageParameters, Malformed> {
-    let curve = match r.u16_be()? {
-        0x0003 => Curve::P256,
-        0x0004 => Curve::P384,
+    let (curve, [x, y]) = match r.u16_be()? {
+        0x0003 => (Curve::P256, area::point::<32>(r)?.map(Vec::from)),
+        0x0004 => (Curve::P384, area::point::<48>(r)?.map(Vec::from)),
         _ => return Err(r.invalid("the curve is neither NIST P-256 nor P-384")),
     };
-    if r.u16_be()? != ALG_NULL {
-        return Err(r.invalid("a storage key has no KDF"));
-    }
-    Ok(StorageParameters::Ecc { curve, x: coordinate(r, curve)?, y: coordinate(r, curve)? })
-}
-
-/// A coordinate, whose leading zeros a TPM may leave out.
-fn coordinate(r: &mut Reader<'_>, curve: Curve) -> Result<Vec<u8>, Malformed> {
-    let bytes = r.tpm2b(curve.size())?;
-    let mut out = vec![0; curve.size()];
-    out[curve.size() - bytes.len()..].copy_from_slice(bytes);
-    Ok(out)
+    Ok(StorageParameters::Ecc { curve, x, y })
 }
 
 #[cfg(test)]
@@ -133,6 +112,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    const ALG_RSA: u16 = 0x0001;
+    const ALG_ECC: u16 = 0x0023;
 
     fn tpm2b(bytes: &[u8]) -> Vec<u8> {
         [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
