@@ -63,6 +63,14 @@ where
     Ok((value, len))
 }
 
+/// The length in bytes of the first value of a CBOR sequence, which must be canonical as far as its form tells
+/// ([`skip_canonical`]). An error at the end of the input says that more bytes are needed.
+pub(crate) fn first_len(bytes: &[u8]) -> Result<usize, Error> {
+    let mut decoder = Decoder::new(bytes);
+    skip_canonical(&mut decoder)?;
+    Ok(decoder.position())
+}
+
 /// Decodes an array of at most `N` items; a longer one is refused before its items are read.
 pub(crate) fn at_most<'b, const N: usize, C, T: Decode<'b, C>>(
     d: &mut Decoder<'b>,

@@ -185,6 +185,7 @@ fn limits() {
         ("record::MAX_RECORD", record::MAX_RECORD),
         ("record::MAX_EVENTS", record::MAX_EVENTS),
         ("statement::MAX_STATEMENT", statement::MAX_STATEMENT),
+        ("stream::MAX_ANSWER_ITEM", stream::MAX_ANSWER_ITEM),
         ("stream::MAX_EXPANDED", stream::MAX_EXPANDED),
         ("stream::MAX_ITEM", stream::MAX_ITEM),
         ("stream::MAX_KNOWN_GUESTS", stream::MAX_KNOWN_GUESTS),

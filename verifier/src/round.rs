@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use onequote_evidence::{
     id::HostId,
-    stream::{self, Evidence, Have},
+    stream::{Evidence, Have},
     tpm::Public,
 };
 
@@ -205,7 +205,7 @@ impl<S: EnrolStore> Verifier<S> {
         let Appraisal { verdict, state, facts } = appraise(&received, &context);
         let evidence = match before {
             // As it came it is of use only to who has what came before.
-            Some(_) => stream::compress(&received.evidence().stream()).map_err(Fault::Compress)?,
+            Some(_) => received.evidence().to_bytes().map_err(Fault::Compress)?,
             None => answer.evidence,
         };
         let round = Round { verdict, evidence: Some(evidence), received: size, facts };

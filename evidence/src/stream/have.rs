@@ -6,9 +6,9 @@
 
 use sha2::{Digest as _, Sha256 as Hasher};
 
-use super::{Evidence, Guest, Item, MAX_EXPANDED, Pieces, WHAT};
+use super::{Evidence, Guest};
 use crate::{
-    Malformed, MalformedKind,
+    digest::sha256,
     id::{SessionId, Sha256, VmId},
 };
 
@@ -19,6 +19,11 @@ pub const MAX_KNOWN_GUESTS: usize = 4096;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields, default))]
 pub struct Have {
+    /// SHA-256 of the statement of evidence that the verifier has accepted and has all of. A proxy that remembers this
+    /// statement knows with it how much of every log that is, and looks at nothing else in here; for another one the
+    /// details count.
+    #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    pub statement: Option<Sha256>,
     /// Of the firmware's event log, in bytes.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
     pub firmware: Option<Known>,
@@ -128,6 +133,7 @@ impl Have {
         let bytes = |log: &[u8]| (!log.is_empty()).then(|| Known::of_bytes(log));
         let entries = || evidence.dictionary.iter().map(|entry| entry.0.as_slice());
         Self {
+            statement: Some(sha256(&[&evidence.head.statement.0])),
             firmware: bytes(&evidence.firmware),
             host_ima: bytes(&evidence.host_ima),
             records: bytes(&evidence.records),
@@ -147,74 +153,4 @@ impl Have {
 fn known_guest(guest: &Guest) -> KnownGuest {
     let known = Known::of_references(&guest.entries);
     KnownGuest { vm: guest.vm, session: guest.session, boot: guest.boot, known }
-}
-
-/// A log as it is put together: from its start, or onto what there was before.
-pub(super) struct Growing<'a, T> {
-    before: &'a [T],
-    /// None until the first piece came.
-    now: Option<Vec<T>>,
-    /// Whether it goes on where `before` ends.
-    onto: bool,
-}
-
-impl<'a, T: Clone> Growing<'a, T> {
-    pub(super) fn new(before: &'a [T]) -> Self {
-        Self { before, now: None, onto: false }
-    }
-
-    /// Adds a piece; tells whether it begins where the log ends so far.
-    pub(super) fn add(&mut self, first: u64, part: Vec<T>) -> bool {
-        let now = match &mut self.now {
-            Some(now) => now,
-            None => {
-                self.onto = first != 0;
-                self.now.insert(if self.onto { self.before.to_vec() } else { Vec::new() })
-            }
-        };
-        if first != now.len() as u64 {
-            return false;
-        }
-        now.extend(part);
-        true
-    }
-
-    /// Whether it goes on where the log before ended.
-    pub(super) fn onto(&self) -> bool {
-        self.onto
-    }
-
-    pub(super) fn finish(self) -> Vec<T> {
-        self.now.unwrap_or_default()
-    }
-}
-
-impl Evidence {
-    /// The stream of all of it, every log from its start, not yet compressed.
-    #[must_use]
-    pub fn stream(&self) -> Vec<u8> {
-        let mut pieces = Pieces::default();
-        pieces.push_log(Item::Firmware, 0, &self.firmware);
-        pieces.push_log(Item::HostIma, 0, &self.host_ima);
-        pieces.push_log(Item::Records, 0, &self.records);
-        pieces.push_dictionary(0, self.dictionary.iter().cloned());
-        for guest in &self.guests {
-            pieces.push_guest(guest);
-        }
-        pieces.stream(self.head.clone())
-    }
-
-    /// Reads an expanded stream whose logs begin at their start or where those of `before` end.
-    ///
-    /// # Errors
-    /// As [`Self::parse`]; also when all of it together is more than a stream may hold.
-    pub fn parse_onto(bytes: &[u8], before: &Self) -> Result<Self, Malformed> {
-        let whole = Self::parse_from(bytes, Some(before))?;
-        let entries: usize = whole.dictionary.iter().map(|entry| entry.0.len()).sum();
-        let references: usize = whole.guests.iter().map(|guest| size_of_val(guest.entries.as_slice())).sum();
-        match whole.firmware.len() + whole.host_ima.len() + whole.records.len() + entries + references {
-            0..=MAX_EXPANDED => Ok(whole),
-            _ => Err(Malformed::new(WHAT, bytes.len(), MalformedKind::TooLarge { limit: MAX_EXPANDED })),
-        }
-    }
 }

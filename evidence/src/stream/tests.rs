@@ -2,8 +2,10 @@
 
 use proptest::prelude::*;
 
+use std::io::Write as _;
+
 use super::*;
-use crate::{digest::HashAlg, id::Sha256};
+use crate::{MalformedKind, digest::HashAlg, id::Sha256};
 
 fn head() -> Head {
     Head {
@@ -66,12 +68,16 @@ proptest! {
         prop_assert!(Evidence::parse(&bytes[..cut.index(bytes.len())]).unwrap_err().is_truncated());
     }
 
-    #[cfg(feature = "zstd")]
     #[test]
-    fn compression((_, bytes) in any_stream(), cut in any::<prop::sample::Index>()) {
+    fn compression((evidence, bytes) in any_stream(), cut in any::<prop::sample::Index>()) {
         let packed = compress(&bytes).unwrap();
+        let cut = &packed[..cut.index(packed.len())];
         prop_assert_eq!(expand(&packed, MAX_EXPANDED).unwrap(), bytes);
-        prop_assert!(expand(&packed[..cut.index(packed.len())], MAX_EXPANDED).is_err());
+        prop_assert!(expand(cut, MAX_EXPANDED).is_err());
+        let read = |packed: &[u8]| Reader::open(packed).and_then(|reader| Evidence::read(reader, None));
+        prop_assert_eq!(read(&packed).unwrap(), evidence.clone());
+        prop_assert!(matches!(read(cut), Err(ReadError::Malformed(e)) if e.is_truncated()));
+        prop_assert_eq!(read(&evidence.to_bytes().unwrap()).unwrap(), evidence);
     }
 
     #[test]
@@ -86,51 +92,179 @@ proptest! {
     #[test]
     fn rubbish_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = Evidence::parse(&bytes);
-        #[cfg(feature = "zstd")]
         let _ = expand(&bytes, 1000);
+        let _ = Reader::open(bytes.as_slice()).map(|reader| reader.count());
+        let _ = Reader::open(behind_an_answer(&packed(&bytes)).as_slice()).map(|reader| reader.count());
     }
 }
 
-#[cfg(feature = "zstd")]
-#[test]
-fn a_bomb_is_refused_at_the_limit() {
-    let packed = compress(&vec![0; 10_000_000]).unwrap();
-    assert!(packed.len() < 2000);
-    assert_eq!(expand(&packed, 1_000_000).unwrap_err().kind, MalformedKind::TooLarge { limit: 1_000_000 });
+/// A stream whose second frame is this.
+fn behind_an_answer(frame: &[u8]) -> Vec<u8> {
+    [head().split().0.to_frame().as_slice(), frame].concat()
 }
 
-#[cfg(feature = "zstd")]
+fn packed(bytes: &[u8]) -> Vec<u8> {
+    let mut packer = Packer::new(Vec::new());
+    packer.write_all(bytes).unwrap();
+    packer.finish().unwrap()
+}
+
+#[test]
+fn a_bomb_is_refused_at_the_limit() {
+    let stream = behind_an_answer(&packed(&vec![0; 10_000_000]));
+    assert!(stream.len() < 2000);
+    assert_eq!(expand(&stream, 1_000_000).unwrap_err().kind, MalformedKind::TooLarge { limit: 1_000_000 });
+    // As a first frame it may be no longer than an answer.
+    let limit = MAX_ANSWER_ITEM;
+    assert_eq!(expand(&packed(&[0; 2000]), 1_000_000).unwrap_err().kind, MalformedKind::TooLarge { limit });
+    let mut pieces = Pieces::begin(Packer::new(head().split().0.to_frame()), &head().split().1);
+    (0..2 * MAX_EXPANDED / PIECE_TARGET)
+        .for_each(|n| pieces.push_log(Item::Records, (n * PIECE_TARGET) as u64, &[0; PIECE_TARGET]));
+    let stream = pieces.finish().unwrap().finish().unwrap();
+    assert!(stream.len() < 1_000_000);
+    let mut reader = Reader::open(stream.as_slice()).unwrap();
+    let refused = reader.by_ref().find_map(Result::err).unwrap();
+    let ReadError::Malformed(refused) = refused else { panic!("{refused}") };
+    assert_eq!(refused.kind, MalformedKind::TooLarge { limit: MAX_EXPANDED });
+    assert!(reader.next().is_none());
+}
+
 #[test]
 fn a_frame_that_wants_a_large_window_is_refused() {
     // Magic, descriptor without size and checksum, window descriptor, one empty last raw block.
     let frame = |window_log: u8| [0x28, 0xb5, 0x2f, 0xfd, 0x00, (window_log - 10) << 3, 0x01, 0x00, 0x00];
-    assert_eq!(expand(&frame(23), 10).unwrap(), b"");
-    assert!(expand(&frame(24), 10).is_err());
+    let expanded = |window_log| expand(&behind_an_answer(&frame(window_log)), 1000);
+    assert_eq!(expanded(23).unwrap(), cbor::encode(&Item::Answer(head().split().0)));
+    assert!(expanded(24).is_err());
 }
 
-#[cfg(feature = "zstd")]
 #[test]
 fn a_large_stream_compresses_within_the_window() {
     let noise: Vec<u8> = (0_u32..10_000_000).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    assert_eq!(expand(&compress(&noise).unwrap(), noise.len()).unwrap(), noise);
+    let expanded = [cbor::encode(&Item::Answer(head().split().0)), noise].concat();
+    assert_eq!(expand(&compress(&expanded).unwrap(), expanded.len()).unwrap(), expanded);
 }
 
-#[cfg(feature = "zstd")]
 #[test]
-fn what_follows_the_frame_is_refused() {
-    let packed = compress(b"evidence").unwrap();
-    let doubled = [packed.as_slice(), &packed].concat();
-    assert_eq!(expand(&doubled, 1000).unwrap_err().kind, MalformedKind::Trailing);
+fn what_follows_the_frames_is_refused() {
+    let stream = Pieces::default().stream(head());
+    let good = compress(&stream).unwrap();
+    assert!(Evidence::read(Reader::open(good.as_slice()).unwrap(), None).is_ok());
+    for more in [&[0][..], &good, &packed(b"")] {
+        let bytes = [&good, more].concat();
+        assert_eq!(expand(&bytes, 1000).unwrap_err().kind, MalformedKind::Trailing);
+        let read = Evidence::read(Reader::open(bytes.as_slice()).unwrap(), None);
+        let Err(ReadError::Malformed(e)) = read else { panic!("{read:?}") };
+        assert_eq!(e.kind, MalformedKind::Trailing);
+    }
+    // In a frame: behind the end, behind the answer.
+    let (answer, quote) = head().split();
+    let (answer, quote) = (cbor::encode(&Item::Answer(answer)), cbor::encode(&Item::Quote(quote)));
+    let end = cbor::encode(&Item::End(1));
+    let frames = |first: &[&[u8]], second: &[&[u8]]| {
+        let bytes = [packed(&first.concat()), packed(&second.concat())].concat();
+        let reader = Reader::open(bytes.as_slice())?;
+        Evidence::read(reader, None)
+    };
+    assert!(frames(&[&answer], &[&quote, &end]).is_ok());
+    assert!(frames(&[&answer], &[&quote, &end, &[0]]).is_err());
+    assert!(frames(&[&answer, &[0]], &[&quote, &end]).is_err());
+    assert!(frames(&[&answer, &quote], &[&end]).is_err());
+    assert!(frames(&[&answer], &[&answer, &quote, &end]).is_err());
+    assert!(frames(&[&quote], &[&answer, &end]).is_err());
+    assert!(frames(&[], &[&answer, &quote, &end]).is_err());
+    assert!(frames(&[&answer], &[]).is_err());
+}
+
+/// Bytes that cannot be compressed.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A source that gives one byte at a time, and tells how many it gave.
+struct Dribble<'a>(&'a [u8], &'a std::cell::Cell<usize>);
+
+impl std::io::Read for Dribble<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let Some((first, rest)) = self.0.split_first() else { return Ok(0) };
+        out[0] = *first;
+        self.0 = rest;
+        self.1.set(self.1.get() + 1);
+        Ok(1)
+    }
+}
+
+#[test]
+fn the_head_is_known_before_the_rest_is_taken() {
+    let mut pieces = Pieces::default();
+    let noise = noise(3_000_000);
+    pieces.push_log(Item::Records, 0, &noise);
+    let expanded = pieces.stream(head());
+    let stream = compress(&expanded).unwrap();
+    let given = std::cell::Cell::new(0);
+    let reader = Reader::open(Dribble(&stream, &given)).unwrap();
+    assert_eq!(*reader.head(), head());
+    assert!(given.get() < 300_000, "one block of the frame, not {} bytes", given.get());
+    assert_eq!(Evidence::read(reader, None).unwrap(), Evidence::parse(&expanded).unwrap());
+    // Rubbish is seen early, and a source that fails is no malformed evidence.
+    given.set(0);
+    assert!(Reader::open(Dribble(&noise, &given)).is_err_and(|e| matches!(e, ReadError::Malformed(_))));
+    assert!(given.get() < 100, "{}", given.get());
+    struct Cut<'a>(&'a [u8]);
+    impl std::io::Read for Cut<'_> {
+        fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+            match self.0.read(out)? {
+                0 => Err(std::io::ErrorKind::ConnectionReset.into()),
+                len => Ok(len),
+            }
+        }
+    }
+    for len in [0, 10, 200, 200_000] {
+        let read = Reader::open(Cut(&stream[..len])).and_then(|reader| Evidence::read(reader, None));
+        assert!(matches!(read, Err(ReadError::Source(_))), "{len}");
+    }
+}
+
+#[test]
+fn a_writer_that_fails_makes_no_frame() {
+    struct Full(usize);
+    impl std::io::Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 = self.0.checked_sub(bytes.len()).ok_or(std::io::ErrorKind::StorageFull)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let noise = noise(3_000_000);
+    let made = |room| {
+        let mut pieces = Pieces::begin(Packer::new(Full(room)), &head().split().1);
+        pieces.push_log(Item::Records, 0, &noise);
+        pieces.finish().and_then(Packer::finish)
+    };
+    assert!(made(0).is_err());
+    assert!(made(1_000_000).is_err());
+    assert!(made(4_000_000).is_ok());
 }
 
 #[test]
 fn gaps_doubles_and_second_heads_are_refused() {
-    let items: [&[Item]; 5] = [
+    let items: [&[Item]; 6] = [
         &[Item::Records(Piece { offset: 1, bytes: vec![1].into() })],
         &[Item::Dictionary(Dictionary { first: 1, entries: vec![] })],
         &[Item::Guest(guest(0, 3, vec![1]))],
         &[Item::Guest(guest(0, 0, vec![1])), Item::Guest(guest(1, 0, vec![])), Item::Guest(guest(0, 0, vec![1]))],
-        &[Item::Head(head())],
+        &[Item::Answer(head().split().0)],
+        &[Item::Quote(head().split().1)],
     ];
     for items in items {
         let mut w = Pieces::default();
@@ -148,8 +282,9 @@ fn long_lists_are_cut_into_parts_and_put_together() {
     w.push_guest(&guest(0, 0, refs.clone()));
     w.push_guest(&guest(1, 0, vec![]));
     let bytes = w.stream(head());
-    let (parts, items) = (Items { bytes: &bytes, offset: 0, count: 0, ended: false }, &mut Vec::new());
-    items.extend(parts.map(|item| cbor::encode(&item.unwrap()).len()));
+    let items = &mut Vec::new();
+    let packed = compress(&bytes).unwrap();
+    items.extend(Reader::open(packed.as_slice()).unwrap().map(|item| cbor::encode(&item.unwrap()).len()));
     assert!(items.len() > 8 && items.iter().all(|&len| len < 2 * PIECE_TARGET), "{items:?}");
     let read = Evidence::parse(&bytes).unwrap();
     assert_eq!(read.dictionary, dictionary);
@@ -192,7 +327,8 @@ fn many_guests_are_read_in_little_time() {
 #[test]
 fn more_items_than_there_can_be_are_refused() {
     let piece = cbor::encode(&Item::Records(Piece { offset: 0, bytes: Blob::default() }));
-    let mut bytes = cbor::encode(&Item::Head(head()));
+    let (answer, quote) = head().split();
+    let mut bytes = [cbor::encode(&Item::Answer(answer)), cbor::encode(&Item::Quote(quote))].concat();
     bytes.extend(piece.iter().copied().cycle().take(piece.len() * MAX_ITEMS as usize));
     assert_eq!(Evidence::parse(&bytes).unwrap_err().kind, MalformedKind::TooLarge { limit: MAX_ITEMS as usize });
 }

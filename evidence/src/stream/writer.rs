@@ -1,21 +1,72 @@
-//! Writing a stream, whatever its size, in pieces that a reader takes.
+//! Writing the second frame of a stream, whatever its size, in pieces that a reader takes.
+
+use std::io::{self, Write};
 
 use crate::{cbor, id::Blob};
 
-use super::{Dictionary, Guest, Head, Item, PIECE_TARGET, Piece};
+use super::{Dictionary, Guest, Head, Item, PIECE_TARGET, Piece, Quote};
 
-/// The items between head and end, encoded once for every stream that carries them.
-#[derive(Debug, Clone, Default)]
-pub struct Pieces {
-    bytes: Vec<u8>,
+/// The items of the second frame as they are written: into memory, or through a [`super::Packer`] to wherever.
+///
+/// A writer that fails makes [`Self::finish`] fail; what is pushed after that goes nowhere.
+#[derive(Debug)]
+pub struct Pieces<W = Vec<u8>> {
+    out: W,
+    /// Behind the quote.
     items: u64,
+    failed: Option<io::Error>,
+}
+
+impl Default for Pieces {
+    /// Pieces without the quote that they belong to, which [`Self::stream`] puts before them.
+    fn default() -> Self {
+        Self { out: Vec::new(), items: 0, failed: None }
+    }
 }
 
 impl Pieces {
+    /// The whole stream behind this head, not yet compressed: the items of both frames, one behind the other.
+    #[must_use]
+    pub fn stream(&self, head: Head) -> Vec<u8> {
+        let (answer, quote) = head.split();
+        let mut out = cbor::encode(&Item::Answer(answer));
+        out.extend_from_slice(&cbor::encode(&Item::Quote(quote)));
+        out.extend_from_slice(&self.out);
+        out.extend_from_slice(&cbor::encode(&Item::End(self.items + 1)));
+        out
+    }
+}
+
+impl<W: Write> Pieces<W> {
+    /// Begins the frame of this quote.
+    pub fn begin(out: W, quote: &Quote) -> Self {
+        let mut pieces = Self { out, items: 0, failed: None };
+        pieces.write(&cbor::encode(&Item::Quote(quote.clone())));
+        pieces
+    }
+
+    /// Ends the frame.
+    ///
+    /// # Errors
+    /// The first that the writer had.
+    pub fn finish(mut self) -> io::Result<W> {
+        self.write(&cbor::encode(&Item::End(self.items + 1)));
+        match self.failed {
+            Some(e) => Err(e),
+            None => Ok(self.out),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if self.failed.is_none() {
+            self.failed = self.out.write_all(bytes).err();
+        }
+    }
+
     /// Adds a piece as it is. One that encodes to more than [`super::MAX_ITEM`] bytes cannot be read again: the other methods
     /// cut what may grow.
     pub fn push(&mut self, item: &Item) {
-        self.bytes.extend_from_slice(&cbor::encode(item));
+        self.write(&cbor::encode(item));
         self.items += 1;
     }
 
@@ -66,14 +117,5 @@ impl Pieces {
             self.push(&kind(Piece { offset: at, bytes: Blob(part.to_vec()) }));
             at += part.len() as u64;
         }
-    }
-
-    /// The whole stream behind this head, not yet compressed.
-    #[must_use]
-    pub fn stream(&self, head: Head) -> Vec<u8> {
-        let mut out = cbor::encode(&Item::Head(head));
-        out.extend_from_slice(&self.bytes);
-        out.extend_from_slice(&cbor::encode(&Item::End(self.items + 1)));
-        out
     }
 }

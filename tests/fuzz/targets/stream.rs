@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use onequote_evidence::stream::{Evidence, Item, Pieces, compress, expand};
+use onequote_evidence::stream::{Evidence, Item, Pieces, Reader, compress, expand};
 
 const LIMIT: usize = 1 << 20;
 
@@ -10,10 +10,7 @@ const LIMIT: usize = 1 << 20;
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, data)) = data.split_first() else { return };
     if choice % 2 == 1 {
-        if let Ok(expanded) = expand(data, LIMIT) {
-            assert!(expanded.len() <= LIMIT);
-            let _ = Evidence::parse(&expanded);
-        }
+        compressed(data);
         return;
     }
     onto_what_came_before(data);
@@ -25,10 +22,20 @@ fuzz_target!(|data: &[u8]| {
     pieces.push_dictionary(0, evidence.dictionary.clone());
     evidence.guests.iter().for_each(|guest| pieces.push_guest(guest));
     let again = pieces.stream(evidence.head.clone());
-    assert_eq!(Evidence::parse(&again), Ok(evidence));
+    assert_eq!(Evidence::parse(&again).as_ref(), Ok(&evidence));
     let packed = compress(&again).expect("memory");
     assert_eq!(expand(&packed, again.len()), Ok(again));
+    assert_eq!(Evidence::read(Reader::open(packed.as_slice()).expect("a head"), None).expect("a stream"), evidence);
 });
+
+/// Both ways of reading a compressed stream see the same.
+fn compressed(data: &[u8]) {
+    let read = Reader::open(data).and_then(|reader| Evidence::read(reader, None)).ok();
+    if let Ok(expanded) = expand(data, LIMIT) {
+        assert!(expanded.len() <= LIMIT);
+        assert_eq!(Evidence::parse(&expanded).ok(), read);
+    }
+}
 
 /// A stream that goes on where another ended: whatever it says, what comes of it is whole.
 fn onto_what_came_before(data: &[u8]) {

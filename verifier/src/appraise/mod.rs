@@ -50,7 +50,7 @@ use onequote_evidence::{
     Malformed,
     id::{HostId, SessionId, TimeMs},
     statement::Statement,
-    stream::{self, Evidence},
+    stream::{Evidence, ReadError, Reader},
     tpm::Public,
 };
 
@@ -142,8 +142,7 @@ impl Received {
     /// # Errors
     /// The finding.
     pub fn read(compressed: &[u8]) -> Result<Self, Finding> {
-        let expanded = stream::expand(compressed, stream::MAX_EXPANDED).map_err(|e| malformed(&e))?;
-        Self::parse(&expanded)
+        Self::read_from(compressed, None)
     }
 
     /// As [`Self::read`], of a stream whose logs may go on where those of `before` end.
@@ -151,9 +150,13 @@ impl Received {
     /// # Errors
     /// The finding.
     pub fn read_onto(compressed: &[u8], before: &Evidence) -> Result<Self, Finding> {
-        let expanded = stream::expand(compressed, stream::MAX_EXPANDED).map_err(|e| malformed(&e))?;
-        let evidence = Evidence::parse_onto(&expanded, before).map_err(|e| malformed(&e))?;
-        Ok(Self { evidence })
+        Self::read_from(compressed, Some(before))
+    }
+
+    fn read_from(compressed: &[u8], before: Option<&Evidence>) -> Result<Self, Finding> {
+        let evidence = Reader::open(compressed).and_then(|reader| Evidence::read(reader, before));
+        let finding = |e: ReadError| Finding::new(Code::EvidenceMalformed, "evidence").actual(e);
+        evidence.map(|evidence| Self { evidence }).map_err(finding)
     }
 
     /// Reads an expanded stream.
