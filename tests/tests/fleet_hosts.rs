@@ -32,6 +32,7 @@ impl Verifier {
         self.nonces += 1;
         let (nonce, binding) = (Nonce::new(vec![self.nonces; 32]).unwrap(), vec![7; 32]);
         let bytes = host.attest().unwrap().challenge(nonce.clone(), binding.clone(), Have::default()).await.unwrap();
+        let bytes = bytes.bytes().await.unwrap();
         let received = Received::read(&bytes).unwrap();
         let ak = Public::parse(&host.chip.ak_public()).unwrap();
         let freshness = Freshness::Asked {

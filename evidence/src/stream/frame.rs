@@ -168,8 +168,7 @@ impl<R: Read> Source for Frames<R> {
         loop {
             let more = self.fill()?;
             let step = self.decoder.run_on_buffers(&self.input[self.at..self.filled], out);
-            let step =
-                step.map_err(|_| Malformed::invalid(WHAT, 0, "not a zstd frame, or a damaged one"))?;
+            let step = step.map_err(|_| Malformed::invalid(WHAT, 0, "not a zstd frame, or a damaged one"))?;
             self.at += step.bytes_read;
             if step.remaining == 0 {
                 self.ended = true;

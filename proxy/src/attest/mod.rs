@@ -14,25 +14,27 @@
 //! then hold.
 
 mod pieces;
+mod stream;
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
-    io,
     path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
+use hyper::body::Bytes;
 use onequote_evidence::{
     event::VmRef,
     id::{Blob, HostId, Nonce, TimeMs},
-    nonce_tree::{self, Step},
-    pcr,
+    nonce_tree, pcr,
     statement::{self, GuestBoot, Statement, Unmanaged, VmState},
-    stream::{self, Have, Head, Pieces},
+    stream::{Answer, Have, Quote, VERSION},
 };
 use tokio::sync::{mpsc, oneshot};
 use tracing::debug;
+
+pub use stream::Stream;
 
 use pieces::Logs;
 
@@ -135,7 +137,7 @@ struct Challenge {
     binding: Vec<u8>,
     /// What the verifier has and need not be sent.
     have: Have,
-    reply: oneshot::Sender<Result<Vec<u8>, AttestError>>,
+    reply: oneshot::Sender<Result<Stream, AttestError>>,
 }
 
 /// Where challenges go.
@@ -147,11 +149,11 @@ pub struct AttestHandle {
 }
 
 impl AttestHandle {
-    /// Answers a challenge with a compressed evidence stream, without what the verifier has.
+    /// Answers a challenge with an evidence stream, without what the verifier has.
     ///
     /// # Errors
     /// [`AttestError`].
-    pub async fn challenge(&self, nonce: Nonce, binding: Vec<u8>, have: Have) -> Result<Vec<u8>, AttestError> {
+    pub async fn challenge(&self, nonce: Nonce, binding: Vec<u8>, have: Have) -> Result<Stream, AttestError> {
         let (reply, answer) = oneshot::channel();
         self.queue.try_send(Challenge { nonce, binding, have, reply }).map_err(|e| match e {
             mpsc::error::TrySendError::Full(_) => AttestError::Busy,
@@ -206,20 +208,26 @@ impl Attester {
         let Some((root, paths)) = nonce_tree::build(&leaves) else { return };
         debug!(challenges = batch.len(), "one quote");
         match self.quote(root, late).await {
-            Ok((head, logs)) => {
-                // Encoded once for all who have the same.
-                let mut made: HashMap<Have, Pieces> = HashMap::new();
-                for (mut challenge, path) in batch.into_iter().zip(paths) {
-                    let have = std::mem::take(&mut challenge.have);
-                    let pieces = match made.entry(have) {
+            Ok((quote, logs)) => {
+                // Encoded and compressed once for all who have the same.
+                let mut made: HashMap<Have, Result<Bytes, AttestError>> = HashMap::new();
+                for (challenge, path) in batch.into_iter().zip(paths) {
+                    let Challenge { nonce, binding, have, reply } = challenge;
+                    let shared = match made.entry(have) {
                         Entry::Occupied(made) => made.into_mut(),
                         Entry::Vacant(place) => {
-                            let pieces = logs.pieces(place.key());
-                            place.insert(pieces)
+                            let frame = logs.frame(&quote, place.key());
+                            place.insert(frame)
                         }
                     };
-                    let answer = answer(&head, pieces, &challenge, path);
-                    let _ = challenge.reply.send(answer);
+                    let answer = Answer {
+                        version: VERSION,
+                        path,
+                        nonce: Blob(nonce.as_bytes().to_vec()),
+                        binding: Blob(binding),
+                    };
+                    let shared = shared.clone();
+                    let _ = reply.send(shared.map(|second| Stream::new(answer.to_frame(), &[second])));
                 }
             }
             Err(e) => {
@@ -234,7 +242,7 @@ impl Attester {
         &self,
         root: onequote_evidence::id::Sha256,
         late: HashSet<VmRef>,
-    ) -> Result<(Head, Logs), AttestError> {
+    ) -> Result<(Quote, Logs), AttestError> {
         let inventory = Arc::clone(&self.inventory);
         let (host, room, clock) = (self.host.clone(), Arc::clone(&self.room), self.clock);
         let processes = (self.processes)();
@@ -252,29 +260,14 @@ impl Attester {
             .await
             .map_err(|e| AttestError::Recorder(Arc::new(e)))?;
         let (statement, bytes) = statement.await.map_err(|_| AttestError::Closed)?;
-        let head = Head {
-            version: stream::VERSION,
+        let quote = Quote {
             statement: Blob(bytes),
             attest: Blob(quoted.quote.attest),
             signature: Blob(quoted.quote.signature),
-            path: Vec::new(),
             registers: pcr::to_list(&quoted.pcr_values),
-            nonce: Blob::default(),
-            binding: Blob::default(),
         };
-        Ok((head, self.logs(&statement, &quoted.head).await?))
+        Ok((quote, self.logs(&statement, &quoted.head).await?))
     }
-}
-
-/// The stream for one challenge: its own head, everybody's pieces, the end.
-fn answer(head: &Head, pieces: &Pieces, challenge: &Challenge, path: Vec<Step>) -> Result<Vec<u8>, AttestError> {
-    let mut head = head.clone();
-    head.path = path;
-    head.nonce = Blob(challenge.nonce.as_bytes().to_vec());
-    head.binding = Blob(challenge.binding.clone());
-    let bytes = pieces.stream(head);
-    stream::compress(&bytes)
-        .map_err(|error: io::Error| AttestError::Read { what: "the stream".to_owned(), error: Arc::new(error) })
 }
 
 fn state(

@@ -1,12 +1,13 @@
 //! The pieces of an evidence stream: the host's logs, the measurement log, the guests' lists.
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{fs, io, path::PathBuf, sync::Arc};
 
+use hyper::body::Bytes;
 use onequote_evidence::{
     event::VmRef,
     id::Blob,
     statement::Statement,
-    stream::{Guest, Have, Item, Known, PIECE_TARGET, Pieces},
+    stream::{Guest, Have, Item, Known, PIECE_TARGET, Packer, Pieces, Quote},
 };
 
 use super::{AttestError, Attester};
@@ -45,9 +46,17 @@ impl Attester {
 }
 
 impl Logs {
-    /// As items of a stream, without what the verifier has.
-    pub(super) fn pieces(&self, have: &Have) -> Pieces {
-        let mut out = Pieces::default();
+    /// The second frame of a stream, without what the verifier has.
+    pub(super) fn frame(&self, quote: &Quote, have: &Have) -> Result<Bytes, AttestError> {
+        let mut out = Pieces::begin(Packer::new(Vec::new()), quote);
+        self.push(&mut out, have);
+        match out.finish().and_then(Packer::finish) {
+            Ok(frame) => Ok(frame.into()),
+            Err(error) => Err(AttestError::Read { what: "the stream".to_owned(), error: Arc::new(error) }),
+        }
+    }
+
+    fn push<W: io::Write>(&self, out: &mut Pieces<W>, have: &Have) {
         for (kind, log, known) in [
             (Item::Firmware as fn(_) -> Item, &self.firmware, have.firmware),
             (Item::HostIma, &self.host_ima, have.host_ima),
@@ -66,7 +75,6 @@ impl Logs {
             let entries = references[first..].to_vec();
             out.push_guest(&Guest { vm: key.vm, session: key.session, boot: *boot, first: first as u64, entries });
         }
-        out
     }
 }
 
@@ -78,7 +86,7 @@ async fn read_host_log(path: Option<PathBuf>) -> Result<Vec<u8>, AttestError> {
         use std::io::Read as _;
         let mut bytes = Vec::new();
         fs::File::open(&path)?.take(MAX_HOST_LOG).read_to_end(&mut bytes)?;
-        Ok::<_, std::io::Error>(bytes)
+        Ok::<_, io::Error>(bytes)
     });
     match read.await {
         Ok(Ok(bytes)) => Ok(bytes),

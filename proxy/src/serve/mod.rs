@@ -88,8 +88,8 @@ async fn evidence(
 ) -> Response {
     match doors.attest.challenge(request.nonce, peer.binding.clone(), request.have).await {
         Ok(stream) => {
-            limited!(Kind::Answered, info, verifier = %peer.verifier, bytes = stream.len(), "answered a challenge");
-            ([(header::CONTENT_TYPE, MEDIA_TYPE)], Body::from(stream)).into_response()
+            limited!(Kind::Answered, info, verifier = %peer.verifier, bytes = stream.left(), "answered a challenge");
+            ([(header::CONTENT_TYPE, MEDIA_TYPE)], Body::new(stream)).into_response()
         }
         Err(e) => {
             limited!(Kind::Unanswered, warn, verifier = %peer.verifier, "cannot answer a challenge: {e}");
