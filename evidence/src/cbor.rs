@@ -145,7 +145,7 @@ fn negative_argument(int: Int) -> u64 {
 }
 
 /// Bytes of the shortest head that holds this argument.
-fn head_len(argument: u64) -> usize {
+pub(crate) fn head_len(argument: u64) -> usize {
     match argument {
         0..=0x17 => 1,
         0x18..=0xff => 2,

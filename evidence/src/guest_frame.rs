@@ -149,6 +149,26 @@ pub fn body_len(prefix: [u8; 4]) -> Result<usize, Malformed> {
     Ok(len)
 }
 
+/// Index of the first entry, and the entries, of a body that is [`GuestFrame::Entries`] and nothing else: what
+/// [`GuestFrame::parse`] gives, without a copy. `None` for any other body.
+#[must_use]
+pub fn entries(body: &[u8]) -> Option<(u64, &[u8])> {
+    if body.len() > MAX_FRAME {
+        return None;
+    }
+    let mut decoder = minicbor::Decoder::new(body);
+    let fits = decoder.array().ok()? == Some(2) && decoder.u32().ok()? == 2 && decoder.array().ok()? == Some(2);
+    let (first, entries) = (decoder.u64().ok()?, decoder.bytes().ok()?);
+    // One value has one encoding: the head in front of the entries is the shortest.
+    let head = body.len().checked_sub(entries.len())?;
+    let without = cbor::encode(&GuestFrame::Entries { first, entries: Blob(Vec::new()) }).len() - 1;
+    (fits
+        && decoder.position() == body.len()
+        && head == without + cbor::head_len(entries.len() as u64)
+        && !entries.is_empty())
+    .then_some((first, entries))
+}
+
 impl GuestFrame {
     /// Reads a frame's body (without the length).
     ///

@@ -184,7 +184,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let guest_sink: Arc<dyn EventSink> = Arc::new(LogSink { log: log.clone(), role: PcrRole::Guest });
     let limits =
         guest::Limits { entries: config.guest.max_entries, bytes: config.guest.max_bytes, ..guest::Limits::default() };
-    let (room, writer) = guest::open(config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
+    let (room, writer) = guest::open(&config.guests_dir(), limits, now, Arc::clone(&inventory), guest_sink)
         .map_err(io_error(config.guests_dir().display().to_string()))?;
 
     let digester = measure::Digester::new(config.measure.limits());

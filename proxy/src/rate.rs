@@ -58,6 +58,8 @@ pub enum Kind {
     GuestConnection,
     /// A guest claims another past, or went over a limit.
     GuestMisbehaves,
+    /// Guests' entries could not be written or logged, and wait.
+    GuestsWait,
     /// A connection that belongs to no VM, or is one too many of its VM.
     GuestTurnedAway,
     /// A connection could not be accepted.
@@ -73,9 +75,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::GuestConnection,
         Self::GuestMisbehaves,
+        Self::GuestsWait,
         Self::GuestTurnedAway,
         Self::Accept,
         Self::Handshake,
@@ -90,6 +93,7 @@ impl Kind {
         match self {
             Self::GuestConnection => "guest-connection",
             Self::GuestMisbehaves => "guest-misbehaves",
+            Self::GuestsWait => "guests-wait",
             Self::GuestTurnedAway => "guest-turned-away",
             Self::Accept => "accept",
             Self::Handshake => "handshake",

@@ -109,3 +109,36 @@ fn what_no_guest_sends_is_refused() {
     assert!(GuestFrame::parse(&[0x82, 0x05, 0x80]).is_err());
     assert!(HostFrame::parse(&[0x82, 0x02, 0x80]).is_err());
 }
+
+#[test]
+fn entries_are_found_without_a_copy_in_what_is_canonical_and_in_nothing_else() {
+    for first in [0, 23, 24, 255, 256, 1 << 20, u64::MAX] {
+        for len in [1, 23, 24, 255, 256, 70_000] {
+            let blob = Blob(vec![7; len]);
+            let body = to_wire(&GuestFrame::Entries { first, entries: blob.clone() })[4..].to_vec();
+            assert_eq!(entries(&body), Some((first, blob.0.as_slice())));
+            assert_eq!(entries(&body[..body.len() - 1]), None, "truncated");
+            assert_eq!(entries(&[body.as_slice(), &[0]].concat()), None, "trailing");
+        }
+    }
+    // The same frame with a longer form of each number, which a strict reader refuses.
+    let short = [0x82, 0x02, 0x82, 0x05, 0x41, 0xaa];
+    assert!(GuestFrame::parse(&short).is_ok() && entries(&short) == Some((5, &[0xaa][..])));
+    for long in [
+        &[0x98, 0x02, 0x02, 0x82, 0x05, 0x41, 0xaa][..],
+        &[0x82, 0x18, 0x02, 0x82, 0x05, 0x41, 0xaa],
+        &[0x82, 0x02, 0x98, 0x02, 0x05, 0x41, 0xaa],
+        &[0x82, 0x02, 0x82, 0x18, 0x05, 0x41, 0xaa],
+        &[0x82, 0x02, 0x82, 0x05, 0x58, 0x01, 0xaa],
+    ] {
+        assert!(GuestFrame::parse(long).is_err() && entries(long).is_none(), "{long:02x?}");
+    }
+    for other in [
+        GuestFrame::Entries { first: 0, entries: Blob(Vec::new()) },
+        GuestFrame::Heartbeat { count: 5 },
+        GuestFrame::Collected { id: 1, count: 2 },
+    ] {
+        assert_eq!(entries(&to_wire(&other)[4..]), None, "{other:?}");
+    }
+    assert_eq!(entries(&vec![0; MAX_FRAME + 1]), None);
+}

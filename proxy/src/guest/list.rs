@@ -1,20 +1,15 @@
-//! One guest's list in one boot: references into the dictionary, in memory and in a file.
+//! One guest's list in one boot: references into the dictionary.
 //!
-//! The file holds u32 little-endian references, only ever appended to, named `VM-SESSION-BOOT.list`. What counts is
-//! not the file but the log: `guest-entries` events say how many entries with which aggregate were bound to the TPM.
-//! At start the file is read up to the logged count; entries behind it were never logged and come again from the
-//! guest. A file that does not give the logged aggregate is *damaged*: it is kept and shown as it is, and the guest
-//! can add nothing to it.
+//! At start the references that are on disk are read up to the logged count; entries behind it were never logged and come again
+//! from the guest. References that do not give the logged aggregate are *damaged*: they are kept and shown as they are, and
+//! the guest can add nothing to them.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    path::{Path, PathBuf},
+use onequote_evidence::{id::BootId, ima::Aggregate};
+
+use super::{
+    dictionary::Dictionary,
+    files::{Chunk, Key},
 };
-
-use onequote_evidence::{event::VmRef, id::BootId, ima::Aggregate};
-
-use super::dictionary::Dictionary;
 use crate::inventory::LoggedBoot;
 
 /// A list.
@@ -29,13 +24,9 @@ pub(super) struct GuestList {
     pub(super) refs: Vec<u32>,
     /// Count and aggregate of `refs`.
     pub(super) received: Aggregate,
-    /// Count and aggregate of what the log has. Never ahead of `received`.
-    pub(super) logged: Aggregate,
     /// Whether and why nothing more is taken.
     pub(super) closed: Option<Closed>,
-    /// Not kept open: a guest decides how many lists it begins.
-    path: PathBuf,
-    /// References that are in the file.
+    /// References that are on disk.
     saved: usize,
 }
 
@@ -44,87 +35,57 @@ pub(super) struct GuestList {
 pub(super) enum Closed {
     /// The guest claimed another past, or went over a limit: it is in the log.
     ByGuest,
-    /// The file on the host does not give what was logged.
+    /// What is on disk does not give what was logged.
     Damaged,
 }
 
 impl GuestList {
-    /// Begins a list. A file that is there already belongs to a start that was never logged and is emptied.
-    ///
-    /// # Errors
-    /// Of the file system.
-    pub(super) fn create(folder: &Path, vm: &VmRef, boot: u32, boot_id: BootId, hash_size: u32) -> io::Result<Self> {
-        let path = file_name(folder, vm, boot);
-        File::create(&path)?;
-        Ok(Self {
-            boot,
-            boot_id,
-            hash_size,
-            refs: Vec::new(),
-            received: Aggregate::EMPTY,
-            logged: Aggregate::EMPTY,
-            closed: None,
-            path,
-            saved: 0,
-        })
+    /// Begins a list.
+    pub(super) fn create(boot: u32, boot_id: BootId, hash_size: u32) -> Self {
+        let (refs, received) = (Vec::new(), Aggregate::EMPTY);
+        Self { boot, boot_id, hash_size, refs, received, closed: None, saved: 0 }
     }
 
-    /// Reads a list that the log speaks of.
-    ///
-    /// # Errors
-    /// Of the file system, but a missing or short file is a damaged list.
-    pub(super) fn load(folder: &Path, vm: &VmRef, logged: &LoggedBoot, dictionary: &Dictionary) -> io::Result<Self> {
-        let path = file_name(folder, vm, logged.boot);
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
-        let mut bytes = Vec::new();
-        (&mut file).take(logged.count.saturating_mul(4)).read_to_end(&mut bytes)?;
-        let refs: Vec<u32> = bytes.as_chunks().0.iter().map(|c| u32::from_le_bytes(*c)).collect();
-        let mut received = Aggregate::EMPTY;
-        for id in &refs {
-            let Some(digest) = dictionary.digest(*id) else { break };
-            received.push_digest(digest);
-        }
-        let expected = Aggregate { count: logged.count, value: logged.aggregate };
-        let damaged = received != expected;
-        if !damaged {
-            file.set_len(refs.len() as u64 * 4)?;
-        }
-        Ok(Self {
+    /// A list that the log speaks of, with the references that are on disk.
+    pub(super) fn restore(mut refs: Vec<u32>, logged: &LoggedBoot, dictionary: &Dictionary) -> Self {
+        refs.truncate(usize::try_from(logged.count).unwrap_or(usize::MAX));
+        refs.shrink_to_fit();
+        let received = dictionary.aggregate(&refs);
+        let damaged = received != Aggregate { count: logged.count, value: logged.aggregate };
+        Self {
             boot: logged.boot,
             boot_id: logged.boot_id,
             hash_size: logged.hash_size,
             saved: refs.len(),
             refs,
             received,
-            logged: expected,
             closed: if damaged { Some(Closed::Damaged) } else { logged.closed.then_some(Closed::ByGuest) },
-            path,
-        })
-    }
-
-    /// Whether there is something that is not in the file.
-    pub(super) fn is_unsaved(&self) -> bool {
-        self.saved != self.refs.len()
-    }
-
-    /// Writes what is new to the file and syncs it. After an error it can be tried again.
-    ///
-    /// # Errors
-    /// Of the file system.
-    pub(super) fn save(&mut self) -> io::Result<()> {
-        if !self.is_unsaved() {
-            return Ok(());
         }
-        let bytes: Vec<u8> = self.refs[self.saved..].iter().flat_map(|id| id.to_le_bytes()).collect();
-        let mut file = OpenOptions::new().write(true).open(&self.path)?;
-        file.seek(SeekFrom::Start(self.saved as u64 * 4))?;
-        file.write_all(&bytes)?;
-        file.sync_data()?;
-        self.saved = self.refs.len();
-        Ok(())
     }
-}
 
-fn file_name(folder: &Path, vm: &VmRef, boot: u32) -> PathBuf {
-    folder.join(format!("{}-{}-{boot}.list", vm.vm, vm.session))
+    /// Adds references, after which the list stands at `after`.
+    pub(super) fn extend(&mut self, new: &[u32], after: Aggregate) {
+        // By a quarter and not to the double: there are many lists, and most have stopped growing.
+        if self.refs.capacity() - self.refs.len() < new.len() {
+            self.refs.reserve_exact(new.len().max(self.refs.len() / 4));
+        }
+        self.refs.extend_from_slice(new);
+        self.received = after;
+    }
+
+    /// What is not on disk.
+    pub(super) fn unsaved(&self, key: Key) -> Option<Chunk> {
+        let refs = self.refs.get(self.saved..).filter(|refs| !refs.is_empty())?;
+        Some(Chunk { key, first: self.saved, refs: refs.to_vec() })
+    }
+
+    /// All of it.
+    pub(super) fn whole(&self, key: Key) -> Chunk {
+        Chunk { key, first: 0, refs: self.refs.clone() }
+    }
+
+    /// So many references are on disk.
+    pub(super) fn saved(&mut self, len: usize) {
+        self.saved = len.min(self.refs.len());
+    }
 }

@@ -2,14 +2,20 @@
 //!
 //! ```text
 //! vsock ──► protocol (one task a connection) ──► writer (one task) ──► files ──► log (PCR 13)
-//!                                                   ▲
-//! quote: collect, then lists for the evidence ──────┘
+//!              │ looks entries up                   │      ▲
+//!              └────────────► dictionary ◄──adds────┘      │
+//! quote: collect, then lists for the evidence ─────────────┘
 //! ```
+//!
+//! What costs time for each entry (cutting, looking up, hashing) is done by the connections, on all cores. The writer checks
+//! that a piece follows what is there and takes it over; while files are synced and the TPM is busy, it goes on taking, and
+//! the next batch carries all that came.
 //!
 //! A guest can hurt only itself: frames, window, entries and bytes are bounded for each, connections are served each
 //! in its own task, and a collection waits for nobody longer than it is told to.
 
 mod dictionary;
+mod files;
 mod list;
 mod listener;
 mod protocol;
@@ -18,7 +24,7 @@ mod writer;
 
 use std::{
     io,
-    path::PathBuf,
+    path::Path,
     sync::{Arc, RwLock},
 };
 
@@ -39,7 +45,7 @@ const QUEUE: usize = 256;
 /// # Errors
 /// Of the file system, or when the dictionary's file is damaged.
 pub fn open(
-    folder: PathBuf,
+    folder: &Path,
     limits: Limits,
     clock: fn() -> TimeMs,
     inventory: Arc<RwLock<Inventory>>,
@@ -47,7 +53,7 @@ pub fn open(
 ) -> io::Result<(Arc<Room>, JoinHandle<()>)> {
     let (jobs, queue) = mpsc::channel(QUEUE);
     let writer = writer::Writer::open(folder, limits, clock, inventory, sink)?;
-    Ok((Arc::new(Room::new(jobs)), tokio::spawn(writer.run(queue))))
+    Ok((Arc::new(Room::new(jobs, writer.dictionary())), tokio::spawn(writer.run(queue))))
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use onequote_evidence::{
     event::VmRef,
     guest_frame::{self, GuestFrame, HostFrame},
     id::Sha256,
-    ima::{Entry, ListReader},
+    ima::Aggregate,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
@@ -64,14 +64,14 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let (mut reader, mut writer) = tokio::io::split(stream);
-    let (token, mut collect) = match begin(room, vm, &mut reader, &mut writer).await {
+    let (token, mut list, mut collect) = match begin(room, vm, &mut reader, &mut writer).await {
         Ok(begun) => begun,
         Err(e) => return e,
     };
     let window = Arc::new(Semaphore::new(WINDOW));
     let frames = async {
         loop {
-            if let Err(e) = one_frame(room, &token, &window, &mut reader).await {
+            if let Err(e) = one_frame(room, &token, &mut list, &window, &mut reader).await {
                 return e;
             }
         }
@@ -95,12 +95,12 @@ async fn begin<R, W>(
     vm: VmRef,
     reader: &mut R,
     writer: &mut W,
-) -> Result<(Token, mpsc::Receiver<u64>), SessionError>
+) -> Result<(Token, Aggregate, mpsc::Receiver<u64>), SessionError>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let GuestFrame::Hello { version, boot_id, hash_size, count: _ } = read_frame(reader).await? else {
+    let GuestFrame::Hello { version, boot_id, hash_size, count: _ } = parse(&read_frame(reader).await?)? else {
         return Err(SessionError::Protocol("the first frame is not hello"));
     };
     if version != guest_frame::VERSION {
@@ -108,7 +108,7 @@ where
     }
     let (token, have, collect) = room.hello(vm, boot_id, hash_size).await?;
     writer.write_all(&guest_frame::to_wire(&HostFrame::Have { count: have.count, aggregate: have.value })).await?;
-    let GuestFrame::Resume { count, aggregate } = read_frame(reader).await? else {
+    let GuestFrame::Resume { count, aggregate } = parse(&read_frame(reader).await?)? else {
         return Err(SessionError::Protocol("the second frame is not resume"));
     };
     if count != have.count || aggregate != have.value {
@@ -116,35 +116,43 @@ where
         room.rewound(&token, claimed, boot_id).await?;
         return Err(SessionError::Protocol("the guest claims another past"));
     }
-    Ok((token, collect))
+    Ok((token, have, collect))
 }
 
+/// `list` is where the guest's list stands.
 async fn one_frame<R>(
     room: &Arc<Room>,
     token: &Token,
+    list: &mut Aggregate,
     window: &Arc<Semaphore>,
     reader: &mut R,
 ) -> Result<(), SessionError>
 where
     R: AsyncRead + Unpin,
 {
-    match read_frame(reader).await? {
-        GuestFrame::Entries { first, entries } => {
-            let hash_size = token.hash_size as usize;
-            let mut count = 0;
-            for entry in ListReader::new(&entries.0, hash_size) {
-                let _: Entry<'_> = entry?;
-                count += 1;
-            }
-            if count == 0 {
-                return Err(SessionError::Protocol("entries without an entry"));
-            }
-            let permit = Arc::clone(window).acquire_owned().await;
-            let permit = permit.map_err(|_| SessionError::Replaced)?;
-            room.entries(token, first, count, entries.0, permit).await?;
+    let frame = read_frame(reader).await?;
+    if let Some((first, entries)) = guest_frame::entries(&frame) {
+        let (before, hash_size) = (*list, token.hash_size as u8);
+        let cut = room.dictionary().cut(entries, hash_size, before)?;
+        // Not held while the frame waits for the log.
+        drop(frame);
+        if cut.len() == 0 {
+            return Err(SessionError::Protocol("entries without an entry"));
         }
+        if first != before.count {
+            return Err(RoomError::OutOfOrder { expected: before.count, found: first }.into());
+        }
+        let after = cut.after;
+        let permit = Arc::clone(window).acquire_owned().await;
+        let permit = permit.map_err(|_| SessionError::Replaced)?;
+        room.entries(token, before, cut, permit).await?;
+        *list = after;
+        return Ok(());
+    }
+    match parse(&frame)? {
         GuestFrame::Heartbeat { count } => room.alive(token, count, None)?,
         GuestFrame::Collected { id, count } => room.alive(token, count, Some(id))?,
+        GuestFrame::Entries { .. } => return Err(SessionError::Protocol("entries without an entry")),
         GuestFrame::Hello { .. } | GuestFrame::Resume { .. } => {
             return Err(SessionError::Protocol("hello or resume in the middle"));
         }
@@ -152,13 +160,18 @@ where
     Ok(())
 }
 
-async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<GuestFrame, SessionError> {
+fn parse(frame: &[u8]) -> Result<GuestFrame, SessionError> {
+    Ok(GuestFrame::parse(frame)?)
+}
+
+/// The next frame's body.
+async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Vec<u8>, SessionError> {
     let read = async {
         let mut prefix = [0; 4];
         reader.read_exact(&mut prefix).await?;
         let mut body = vec![0; guest_frame::body_len(prefix)?];
         reader.read_exact(&mut body).await?;
-        Ok(GuestFrame::parse(&body)?)
+        Ok(body)
     };
     timeout(SILENCE, read).await.map_err(|_| SessionError::Silent)?
 }

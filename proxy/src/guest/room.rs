@@ -14,10 +14,12 @@ use std::{
 
 use onequote_evidence::{
     event::VmRef,
-    id::{Blob, BootId, Sha256},
+    id::{BootId, Sha256},
     ima::Aggregate,
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::dictionary::{Cut, Dictionary};
 
 /// What guests may bring, so that evidence of all of them together stays far below
 /// [`onequote_evidence::stream::MAX_EXPANDED`] whatever they do.
@@ -139,9 +141,9 @@ pub(super) enum Job {
     },
     Entries {
         token: Token,
-        first: u64,
-        count: u64,
-        bytes: Blob,
+        /// Where the list stood when the connection cut the entries.
+        before: Aggregate,
+        cut: Cut,
         permit: OwnedSemaphorePermit,
         reply: oneshot::Sender<Result<(), RoomError>>,
     },
@@ -195,6 +197,7 @@ impl Drop for Place {
 /// The room.
 pub struct Room {
     jobs: mpsc::Sender<Job>,
+    dictionary: Arc<Dictionary>,
     connections: Mutex<HashMap<VmRef, usize>>,
     contacts: Mutex<HashMap<VmRef, Instant>>,
     collecting: Mutex<Option<Collecting>>,
@@ -208,9 +211,14 @@ struct Collecting {
 }
 
 impl Room {
-    pub(super) fn new(jobs: mpsc::Sender<Job>) -> Self {
+    pub(super) fn new(jobs: mpsc::Sender<Job>, dictionary: Arc<Dictionary>) -> Self {
         let (connections, contacts, collecting) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self { jobs, connections, contacts, collecting, next_collect: AtomicU64::new(1) }
+        Self { jobs, dictionary, connections, contacts, collecting, next_collect: AtomicU64::new(1) }
+    }
+
+    /// Where connections look entries up.
+    pub(super) fn dictionary(&self) -> &Dictionary {
+        &self.dictionary
     }
 
     /// A place for one more connection of a VM; none when it has too many already, so that a guest cannot use up
@@ -252,14 +260,13 @@ impl Room {
     pub(super) async fn entries(
         &self,
         token: &Token,
-        first: u64,
-        count: u64,
-        bytes: Vec<u8>,
+        before: Aggregate,
+        cut: Cut,
         permit: OwnedSemaphorePermit,
     ) -> Result<(), RoomError> {
         self.touch(token.vm);
         let token = token.clone();
-        self.ask(|reply| Job::Entries { token, first, count, bytes: Blob(bytes), permit, reply }).await?
+        self.ask(|reply| Job::Entries { token, before, cut, permit, reply }).await?
     }
 
     /// The guest answered, with nothing new. `count` is what it says it has sent.

@@ -1,7 +1,6 @@
 //! Guests that behave, that break off, that lie and that flood, over an in-memory connection.
 
 use std::{
-    path::Path,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -111,8 +110,7 @@ impl Lab {
     }
 
     fn open(dir: tempfile::TempDir, log: Arc<MemoryLog>, limits: Limits) -> Self {
-        let (room, _) =
-            open(dir.path().to_owned(), limits, now, Arc::clone(&log.inventory), Arc::clone(&log) as _).unwrap();
+        let (room, _) = open(dir.path(), limits, now, Arc::clone(&log.inventory), Arc::clone(&log) as _).unwrap();
         Self { dir, log, room }
     }
 
@@ -404,11 +402,7 @@ async fn a_list_changed_on_disk_is_kept_as_it_is_and_takes_nothing() {
         shim.entries(0, &entries(0..4)).await;
         shim.end().await;
         lab.list(vm(1), 0).await;
-        let file = std::fs::read_dir(lab.dir.path())
-            .unwrap()
-            .map(|f| f.unwrap().path())
-            .find(|p| p.extension().is_some_and(|e| e == "list"))
-            .unwrap();
+        let file = lab.dir.path().join("references");
         damage(&file);
         let lab = lab.restart(Limits::default());
         let mut shim = lab.connect(vm(1));
@@ -427,7 +421,8 @@ fn cut(file: &Path) {
 
 fn flip(file: &Path) {
     let mut bytes = std::fs::read(file).unwrap();
-    bytes[4] ^= 1;
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
     std::fs::write(file, bytes).unwrap();
 }
 

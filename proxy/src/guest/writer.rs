@@ -1,33 +1,37 @@
 //! The one owner of the guests' lists.
 //!
 //! ```text
-//! jobs ──► lists in memory ──► dictionary and list files, synced ──► guest-entries in the log ──► permits given back
+//! jobs ──► lists in memory ──► batch: files written, synced ──► guest-entries in the log ──► permits given back
+//!   ▲                            │
+//!   └── goes on meanwhile ◄──────┘
 //! ```
 //!
-//! The writer takes all jobs that wait, changes the lists, saves them, and logs one batch of events. While the TPM is
-//! busy jobs queue, and the next batch carries them all. While guests are asked for what is new before a quote, it holds
+//! One batch is on its way at a time. What comes meanwhile changes the lists in memory, and the next batch carries all of it, so
+//! that one sync and one extend serve many guests. While guests are asked for what is new before a quote, it holds
 //! back what comes until all have answered or the time is over, so that the quote costs one extend and not one a guest;
-//! only a guest that has much to send, and would wait for its own entries, makes it log before. What is still to be logged is always computed from what the
-//! log has (the inventory) and what the lists hold, so that a batch that failed is neither lost nor logged twice.
+//! only a guest that has much to send, and would wait for its own entries, makes it log before. What is still to be logged
+//! is always computed from what the log has (the inventory) and what the lists hold, so that a batch that failed is neither
+//! lost nor logged twice.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     io,
-    path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
 use onequote_evidence::{
     event::{Event, EventBody, GuestEntries, GuestHello, GuestLost, GuestOverflow, GuestRewind, VmRef},
     id::{BootId, Sha256, TimeMs},
-    ima::{Aggregate, ListReader},
+    ima::Aggregate,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tracing::warn;
 
 use super::{
-    dictionary::Dictionary,
+    dictionary::{Cut, Dictionary},
+    files::{Chunk, Files, Key},
     list::{Closed, GuestList},
     protocol::WINDOW,
     room::{Brought, Job, Limits, Lists, RoomError, Token},
@@ -35,14 +39,11 @@ use super::{
 use crate::{
     inventory::Inventory,
     rate::{Bucket, Kind, limited},
-    sink::EventSink,
+    sink::{BoxFuture, EventSink},
 };
 
 /// Jobs taken into one batch.
 const BATCH: usize = 1024;
-
-/// Lists that are written at a time.
-const SYNCS: usize = 16;
 
 /// How often a batch that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -55,23 +56,50 @@ const LOGGED_CONNECTIONS: u32 = 64;
 const RECORDS_REFILL: Duration = Duration::from_secs(2);
 
 pub(super) struct Writer {
-    folder: PathBuf,
     limits: Limits,
     clock: fn() -> TimeMs,
     inventory: Arc<RwLock<Inventory>>,
     sink: Arc<dyn EventSink>,
-    dictionary: Dictionary,
+    dictionary: Arc<Dictionary>,
+    /// Locked by the batch that is on its way.
+    files: Arc<Mutex<Files>>,
     sessions: HashMap<VmRef, Session>,
     /// By all sessions.
     brought: Brought,
+    /// Whether something came that a batch may have to carry.
+    changed: bool,
+    /// Whether the last batch failed.
+    failed: bool,
+    /// What waits for the next batch.
+    waiting: Waiting,
+    /// Sessions whose entries are held back a little: they have made too many records.
+    held_back: HashSet<VmRef>,
+    /// Until when what comes is held back, unless a flush comes before.
+    hold: Option<Instant>,
+}
+
+/// What is done with when a batch is in the log.
+#[derive(Default)]
+struct Waiting {
     /// Events that are not in the log yet and cannot be computed from the lists.
     events: Vec<Event>,
     permits: Vec<(VmRef, OwnedSemaphorePermit)>,
-    /// Sessions whose entries are held back a little: they have made too many records.
-    held_back: HashSet<VmRef>,
     flushes: Vec<oneshot::Sender<()>>,
-    /// Until when what comes is held back, unless a flush comes before.
-    hold: Option<Instant>,
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// A batch on its way: what waits for it, and which references are on disk with it.
+struct Batch {
+    waiting: Waiting,
+    saved: Vec<(Key, usize)>,
+}
+
+/// A step of a batch that has ended.
+enum Step {
+    /// After a failure: log and TPM agree again.
+    Ready(Result<(), Failure>),
+    Written(Batch, Result<(), Failure>),
 }
 
 struct Session {
@@ -100,21 +128,26 @@ impl Session {
 impl Writer {
     /// Opens the folder and loads the lists of all VMs of the inventory.
     pub(super) fn open(
-        folder: PathBuf,
+        folder: &Path,
         limits: Limits,
         clock: fn() -> TimeMs,
         inventory: Arc<RwLock<Inventory>>,
         sink: Arc<dyn EventSink>,
     ) -> io::Result<Self> {
-        std::fs::create_dir_all(&folder)?;
-        let dictionary = Dictionary::open(&folder.join("dictionary"))?;
+        let (files, dictionary, mut kept) = {
+            let inventory = read(&inventory);
+            let logged = |(vm, boot): &Key| {
+                inventory.vm(vm).is_some_and(|logged| logged.boots.iter().any(|one| one.boot == *boot))
+            };
+            Files::open(folder, logged)?
+        };
         let mut sessions = HashMap::new();
         let mut brought = Brought::default();
         let mut seen = HashSet::new();
         for (vm, logged) in read(&inventory).vms() {
             let mut session = Session::new(limits.records);
             for boot in &logged.boots {
-                let list = GuestList::load(&folder, vm, boot, &dictionary)?;
+                let list = GuestList::restore(kept.remove(&(*vm, boot.boot)).unwrap_or_default(), boot, &dictionary);
                 if list.closed == Some(Closed::Damaged) {
                     warn!(vm = %logged.name, boot = boot.boot, "the guest's list on disk does not give what was logged; it is kept as it is");
                 }
@@ -129,54 +162,52 @@ impl Writer {
             sessions.insert(*vm, session);
         }
         Ok(Self {
-            folder,
             limits,
             clock,
             inventory,
             sink,
             dictionary,
+            files: Arc::new(Mutex::new(files)),
             sessions,
             brought,
-            events: Vec::new(),
-            permits: Vec::new(),
+            changed: true,
+            failed: false,
+            waiting: Waiting::default(),
             held_back: HashSet::new(),
-            flushes: Vec::new(),
             hold: None,
         })
     }
 
+    /// The entries, for those who look them up.
+    pub(super) fn dictionary(&self) -> Arc<Dictionary> {
+        Arc::clone(&self.dictionary)
+    }
+
     pub(super) async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
-        let mut failed = false;
+        let mut batch: Option<BoxFuture<'static, Step>> = None;
+        // When a failed batch is tried again, and sessions that are held back may cause a record.
+        let mut retry: Option<Instant> = None;
         loop {
-            let held = self.hold.map(|until| until.saturating_duration_since(Instant::now()));
-            let retry = (failed || !self.held_back.is_empty()).then_some(RETRY);
-            let job = if let Some(limit) = held.into_iter().chain(retry).min() {
-                match tokio::time::timeout(limit, jobs.recv()).await {
-                    Ok(Some(job)) => Some(job),
-                    Ok(None) => return,
-                    Err(_) => None,
-                }
-            } else {
-                let Some(job) = jobs.recv().await else { return };
-                Some(job)
-            };
-            if let Some(job) = job {
-                self.take(job);
-                for _ in 1..BATCH {
-                    let Ok(job) = jobs.try_recv() else { break };
+            let may = !self.failed || retry.is_none() || !self.waiting.flushes.is_empty();
+            if batch.is_none() && self.changed && may && !self.holds() {
+                batch = self.begin();
+            }
+            if retry.is_none() && (self.failed || !self.held_back.is_empty()) {
+                retry = Some(Instant::now() + RETRY);
+            }
+            let until = self.hold.into_iter().chain(retry).min().filter(|_| batch.is_none());
+            tokio::select! {
+                step = next_step(&mut batch) => batch = self.end(step),
+                job = jobs.recv() => {
+                    let Some(job) = job else { return };
                     self.take(job);
-                }
-            }
-            if self.holds() {
-                continue;
-            }
-            match self.log().await {
-                Ok(()) => failed = false,
-                Err(e) => {
-                    if !failed {
-                        warn!("guests' entries wait: {e}");
+                    for _ in 1..BATCH {
+                        let Ok(job) = jobs.try_recv() else { break };
+                        self.take(job);
                     }
-                    failed = true;
+                }
+                () = tokio::time::sleep_until(until.unwrap_or_else(Instant::now).into()), if until.is_some() => {
+                    self.changed |= retry.take_if(|at| *at <= Instant::now()).is_some();
                 }
             }
         }
@@ -189,7 +220,7 @@ impl Writer {
         }
         let mut frames: HashMap<&VmRef, usize> = HashMap::new();
         self.hold.is_some()
-            && self.permits.iter().filter(|(vm, _)| !self.held_back.contains(vm)).all(|(vm, _)| {
+            && self.waiting.permits.iter().filter(|(vm, _)| !self.held_back.contains(vm)).all(|(vm, _)| {
                 let frames = frames.entry(vm).or_default();
                 *frames += 1;
                 *frames < WINDOW / 2
@@ -197,14 +228,15 @@ impl Writer {
     }
 
     fn take(&mut self, job: Job) {
+        self.changed |= !matches!(job, Job::Lists(..) | Job::Connected(..));
         match job {
             Job::Hello { vm, boot_id, hash_size, collect, reply } => {
                 let _ = reply.send(self.hello(vm, boot_id, hash_size, collect));
             }
             Job::Rewound { token, claimed, boot_id } => self.rewound(&token, claimed, boot_id),
-            Job::Entries { token, first, count, bytes, permit, reply } => {
-                let taken = self.entries(&token, first, count, &bytes.0);
-                self.permits.push((token.vm, permit));
+            Job::Entries { token, before, cut, permit, reply } => {
+                let taken = self.entries(&token, before, cut);
+                self.waiting.permits.push((token.vm, permit));
                 let _ = reply.send(taken);
             }
             Job::Lost { token, reason } => self.lost(&token, reason),
@@ -216,7 +248,7 @@ impl Writer {
             }
             Job::Flush(done) => {
                 self.hold = None;
-                self.flushes.push(done);
+                self.waiting.flushes.push(done);
             }
             Job::Lists(wanted, reply) => {
                 let _ = reply.send(self.lists(&wanted));
@@ -262,7 +294,7 @@ impl Writer {
             }
         };
         if new {
-            session.lists.push(GuestList::create(&self.folder, &vm, boot, boot_id, hash_size)?);
+            session.lists.push(GuestList::create(boot, boot_id, hash_size));
         }
         let Some(list) = session.lists.last() else { return Err(RoomError::UnknownVm) };
         match list.closed {
@@ -286,7 +318,7 @@ impl Writer {
         Ok((token, have))
     }
 
-    fn entries(&mut self, token: &Token, first: u64, count: u64, bytes: &[u8]) -> Result<(), RoomError> {
+    fn entries(&mut self, token: &Token, before: Aggregate, cut: Cut) -> Result<(), RoomError> {
         let list = current(&mut self.sessions, token)?;
         if let Some(why) = list.closed {
             return Err(RoomError::ListClosed(match why {
@@ -294,12 +326,11 @@ impl Writer {
                 Closed::Damaged => "its list on the host is damaged",
             }));
         }
-        if first != list.received.count {
-            return Err(RoomError::OutOfOrder { expected: list.received.count, found: first });
+        if before != list.received {
+            return Err(RoomError::OutOfOrder { expected: list.received.count, found: before.count });
         }
-        let read = || ListReader::new(bytes, token.hash_size as usize).flatten();
-        let unknown = read().filter(|entry| !self.dictionary.contains(entry));
-        let new = Brought { entries: count, bytes: unknown.map(|entry| entry.raw.len() as u64).sum() };
+        let hash_size = token.hash_size as u8;
+        let new = Brought { entries: cut.len() as u64, bytes: self.dictionary.new_bytes(&cut, hash_size) };
         let add = |to: Brought| Brought { entries: to.entries + new.entries, bytes: to.bytes + new.bytes };
         let (session, host) = (add(self.sessions[&token.vm].brought), add(self.brought));
         let exceeded = self.limits.exceeded(session, host, self.sessions.len() as u64);
@@ -310,12 +341,8 @@ impl Writer {
             self.event(token.vm, body.into());
             return Err(RoomError::ListClosed("over a limit"));
         }
-        // The connection has checked that all of the bytes are entries.
-        for entry in read() {
-            let (id, digest) = self.dictionary.intern(&entry)?;
-            list.refs.push(id);
-            list.received.push_digest(&digest);
-        }
+        let after = cut.after;
+        list.extend(&self.dictionary.take(cut, hash_size)?, after);
         if let Some(known) = self.sessions.get_mut(&token.vm) {
             known.brought = session;
             self.brought = host;
@@ -354,62 +381,112 @@ impl Writer {
     }
 
     fn event(&mut self, vm: VmRef, body: EventBody) {
-        self.events.push(Event { time: (self.clock)(), vm: Some(vm), body });
+        self.waiting.events.push(Event { time: (self.clock)(), vm: Some(vm), body });
     }
 
     fn lists(&self, wanted: &[(VmRef, u32, u64)]) -> Lists {
+        let entries = self.dictionary.range(0, self.dictionary.len());
+        let known = entries.len();
         let refs = |(vm, boot, count): &(VmRef, u32, u64)| {
             let list = self.sessions.get(vm).and_then(|s| s.lists.iter().find(|list| list.boot == *boot));
             let refs = list.map_or(&[][..], |list| &list.refs[..list.refs.len().min(*count as usize)]);
-            let known = refs.iter().position(|id| self.dictionary.entry(*id).is_none());
-            &refs[..known.unwrap_or(refs.len())]
+            &refs[..refs.iter().position(|id| *id as usize >= known).unwrap_or(refs.len())]
         };
         // In the order in which the host saw them first: what came later stands behind what was sent before.
-        let ids: BTreeSet<u32> = wanted.iter().flat_map(|one| refs(one).iter().copied()).collect();
-        let places: HashMap<u32, u32> = ids.iter().zip(0..).map(|(id, place)| (*id, place)).collect();
-        let dictionary = ids.iter().filter_map(|id| self.dictionary.entry(*id).map(Arc::clone)).collect();
-        let mapped = |one| refs(one).iter().filter_map(|id| places.get(id).copied()).collect();
+        let mut used = vec![false; entries.len()];
+        wanted.iter().flat_map(refs).for_each(|id| used[*id as usize] = true);
+        let mut next = 0;
+        let place = |used: &bool| {
+            next += u32::from(*used);
+            next - u32::from(*used)
+        };
+        let places: Vec<u32> = used.iter().map(place).collect();
+        let dictionary = entries.into_iter().zip(&used).filter(|(_, used)| **used).map(|((_, raw), _)| raw).collect();
+        let mapped = |one| refs(one).iter().map(|id| places[*id as usize]).collect();
         Lists { dictionary, lists: wanted.iter().map(|one| (one.0, one.1, mapped(one))).collect() }
     }
 
-    /// Saves and logs all that is not logged yet.
-    async fn log(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.sink.ready().await?;
-        tokio::task::block_in_place(|| self.save())?;
-        let events = self.due();
-        if !events.is_empty() {
-            self.sink.append(events).await?;
+    /// Begins a batch with all that is not logged yet. Where nothing is, whoever waits is told at once.
+    fn begin(&mut self) -> Option<BoxFuture<'static, Step>> {
+        self.changed = false;
+        let sink = Arc::clone(&self.sink);
+        if self.failed {
+            // What the failed batch has left in the log is in the inventory after this.
+            return Some(Box::pin(async move { Step::Ready(sink.ready().await.map_err(Into::into)) }));
         }
-        self.events.clear();
-        self.permits.retain(|(vm, _)| self.held_back.contains(vm));
-        for flush in self.flushes.drain(..) {
-            let _ = flush.send(());
-        }
-        Ok(())
+        self.write()
     }
 
-    /// Writes what is new to the dictionary and the lists, and syncs them, a few at a time: file systems sync many files
-    /// together for little more than one.
-    fn save(&mut self) -> io::Result<()> {
-        let Self { dictionary, sessions, folder, .. } = self;
-        let mut lists: Vec<&mut GuestList> =
-            sessions.values_mut().flat_map(|s| &mut s.lists).filter(|list| list.is_unsaved()).collect();
-        let share = lists.len().div_ceil(SYNCS).max(1);
-        std::thread::scope(|scope| {
-            let save = |lists: &mut [&mut GuestList]| lists.iter_mut().try_for_each(|list| list.save());
-            let threads: Vec<_> = lists.chunks_mut(share).map(|part| scope.spawn(move || save(part))).collect();
-            let dictionary = dictionary.save().map_err(|e| named(&folder.join("dictionary"), &e));
-            let fault = || Err(io::Error::other("the thread that writes failed"));
-            let saved = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| fault()));
-            let lists = saved.collect::<io::Result<()>>().map_err(|e| named(folder, &e));
-            dictionary.and(lists)
-        })
+    fn write(&mut self) -> Option<BoxFuture<'static, Step>> {
+        let events = self.due();
+        let lists = || self.sessions.iter().flat_map(|(vm, s)| s.lists.iter().map(|list| ((*vm, list.boot), list)));
+        let mut chunks: Vec<Chunk> = lists().filter_map(|(key, list)| list.unsaved(key)).collect();
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let (kept, carried) =
+            std::mem::take(&mut waiting.permits).into_iter().partition(|(vm, _)| self.held_back.contains(vm));
+        (self.waiting.permits, waiting.permits) = (kept, carried);
+        if events.is_empty() && chunks.is_empty() {
+            waiting.done();
+            return None;
+        }
+        let live = lists().map(|(_, list)| list.refs.len()).sum();
+        let saved = chunks.iter().map(|chunk| (chunk.key, chunk.first + chunk.refs.len())).collect();
+        // The files are locked only while a batch is on its way, and none is.
+        let anew = lock(&self.files).is_wasteful(live);
+        if anew {
+            chunks = lists().map(|(key, list)| list.whole(key)).collect();
+        }
+        let batch = Batch { waiting, saved };
+        let (files, dictionary, sink) = (Arc::clone(&self.files), Arc::clone(&self.dictionary), Arc::clone(&self.sink));
+        let entries = dictionary.len();
+        Some(Box::pin(async move {
+            let write = move || lock(&files).write(&dictionary, entries, &chunks, anew);
+            let written = match tokio::task::spawn_blocking(write).await {
+                Ok(Ok(())) if events.is_empty() => Ok(()),
+                Ok(Ok(())) => sink.append(events).await.map_err(Into::into),
+                Ok(Err(error)) => Err(error.into()),
+                Err(error) => Err(error.into()),
+            };
+            Step::Written(batch, written)
+        }))
+    }
+
+    /// Takes in the end of a batch's step; gives the next.
+    fn end(&mut self, step: Step) -> Option<BoxFuture<'static, Step>> {
+        let failure = match step {
+            Step::Ready(Ok(())) => {
+                self.failed = false;
+                return self.write();
+            }
+            Step::Ready(Err(failure)) => failure,
+            Step::Written(batch, Ok(())) => {
+                for ((vm, boot), len) in batch.saved {
+                    let session = self.sessions.get_mut(&vm);
+                    if let Some(list) = session.and_then(|s| s.lists.iter_mut().find(|list| list.boot == boot)) {
+                        list.saved(len);
+                    }
+                }
+                batch.waiting.done();
+                return None;
+            }
+            Step::Written(batch, Err(failure)) => {
+                let since = std::mem::replace(&mut self.waiting, batch.waiting);
+                self.waiting.events.extend(since.events);
+                self.waiting.permits.extend(since.permits);
+                self.waiting.flushes.extend(since.flushes);
+                failure
+            }
+        };
+        limited!(Kind::GuestsWait, warn, "guests' entries wait: {failure}");
+        self.failed = true;
+        self.changed = false;
+        None
     }
 
     /// What the log does not have yet: kept events, each list's new entries after its hello and before its end.
     fn due(&mut self) -> Vec<Event> {
         let inventory = read(&self.inventory);
-        let (now, wanted) = (Instant::now(), !self.flushes.is_empty());
+        let (now, wanted) = (Instant::now(), !self.waiting.flushes.is_empty());
         self.held_back.clear();
         let closed = |event: &&Event| {
             matches!(event.body, EventBody::GuestRewind(_) | EventBody::GuestOverflow(_) | EventBody::GuestLost(_))
@@ -424,35 +501,33 @@ impl Writer {
                 _ => false,
             }
         };
-        self.events.retain(|event| !logged_already(event));
-        let mut events: Vec<Event> = self.events.iter().filter(|e| !closed(e)).cloned().collect();
+        self.waiting.events.retain(|event| !logged_already(event));
+        let mut events: Vec<Event> = self.waiting.events.iter().filter(|e| !closed(e)).cloned().collect();
         for (vm, session) in &mut self.sessions {
             let boots = inventory.vm(vm).map(|vm| vm.boots.as_slice()).unwrap_or_default();
             let new = session.lists.iter().filter(|list| list.closed != Some(Closed::Damaged)).any(|list| {
                 let logged = boots.iter().find(|b| b.boot == list.boot).map_or(0, |b| b.count);
                 list.received.count > logged
             });
-            let ends = self.events.iter().any(|event| event.vm == Some(*vm) && closed(&event));
+            let ends = self.waiting.events.iter().any(|event| event.vm == Some(*vm) && closed(&event));
             if new && !session.records.take(now) && !wanted && !ends && inventory.vm(vm).is_some() {
                 self.held_back.insert(*vm);
                 continue;
             }
-            for list in session.lists.iter_mut().filter(|list| list.closed != Some(Closed::Damaged)) {
-                let logged = boots.iter().find(|b| b.boot == list.boot);
-                list.logged = logged
-                    .map_or(Aggregate::EMPTY, |logged| Aggregate { count: logged.count, value: logged.aggregate });
-                if list.received.count > list.logged.count {
+            for list in session.lists.iter().filter(|list| list.closed != Some(Closed::Damaged)) {
+                let logged = boots.iter().find(|b| b.boot == list.boot).map_or(0, |b| b.count);
+                if list.received.count > logged {
                     let body = GuestEntries {
                         boot: list.boot,
-                        first: list.logged.count,
-                        count: list.received.count - list.logged.count,
+                        first: logged,
+                        count: list.received.count - logged,
                         aggregate: list.received.value,
                     };
                     events.push(Event { time: (self.clock)(), vm: Some(*vm), body: body.into() });
                 }
             }
         }
-        events.extend(self.events.iter().filter(closed).cloned());
+        events.extend(self.waiting.events.iter().filter(closed).cloned());
         // A VM whose end is logged already takes no more events.
         let live: HashSet<VmRef> = inventory.vms().map(|(vm, _)| *vm).collect();
         events.retain(|event| event.vm.is_some_and(|vm| live.contains(&vm)));
@@ -460,9 +535,26 @@ impl Writer {
     }
 }
 
-/// An error of the file system that says where it happened.
-fn named(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
+/// The end of the step that is on its way; never, when none is.
+async fn next_step(batch: &mut Option<BoxFuture<'static, Step>>) -> Step {
+    match batch {
+        Some(step) => step.await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Waiting {
+    /// All of it is in the log: permits are given back, and who waits is told.
+    fn done(self) {
+        for flush in self.flushes {
+            let _ = flush.send(());
+        }
+    }
+}
+
+/// A panic while writing leaves a file whose end is known.
+fn lock(files: &Mutex<Files>) -> std::sync::MutexGuard<'_, Files> {
+    files.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The list that a connection may add to.

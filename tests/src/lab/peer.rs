@@ -80,7 +80,8 @@ impl Guest {
     }
 
     /// Entries from `first` on, as many as one frame takes, and how many these are.
-    fn frame(&self, first: u64) -> (Vec<u8>, u64) {
+    #[must_use]
+    pub fn frame(&self, first: u64) -> (Vec<u8>, u64) {
         let mut bytes = Vec::new();
         let mut count = 0;
         for raw in self.entries.iter().skip(first as usize) {

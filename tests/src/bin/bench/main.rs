@@ -1,6 +1,7 @@
 //! The numbers that the project promises, measured on this machine: `cargo xtask bench [--json FILE]`.
 #![allow(clippy::print_stdout)]
 
+mod guests;
 mod images;
 mod looks;
 mod numbers;
@@ -34,7 +35,7 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 11] = [
+const BENCHES: [(&str, Bench); 13] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
@@ -46,6 +47,8 @@ const BENCHES: [(&str, Bench); 11] = [
     ("gate", starts::gate),
     ("looks", looks::cost),
     ("many-vms", starts::many),
+    ("entries-bound", guests::bound),
+    ("entries-distinct", guests::distinct),
 ];
 
 /// Those that need guests that really run.

@@ -161,7 +161,7 @@ impl Times {
 }
 
 /// A verifier's client, as `onequote-verifier attest` uses it.
-struct Asker {
+pub(crate) struct Asker {
     runtime: Runtime,
     identity: Identity,
     host: HostId,
@@ -170,7 +170,7 @@ struct Asker {
 }
 
 impl Asker {
-    fn new(world: &World) -> Result<Self> {
+    pub(crate) fn new(world: &World) -> Result<Self> {
         let state = world.proxy_state();
         let host: HostId = World::HOST.parse().map_err(anyhow::Error::msg)?;
         let enrolment = read_enrolment(
@@ -190,7 +190,7 @@ impl Asker {
     }
 
     /// Asks once. Returns the answer's size.
-    fn round(&self) -> Result<usize> {
+    pub(crate) fn round(&self) -> Result<usize> {
         let target = Target { host: &self.host, url: &self.url, certificate: &self.certificate };
         let nonce = Nonce::new(uuid::Uuid::new_v4().as_bytes().repeat(2)).context("32 bytes are a nonce")?;
         let answer = self.runtime.block_on(client::ask(target, &self.identity, &nonce, &Have::default(), LIMIT))?;

@@ -174,7 +174,7 @@ pub(crate) fn many(numbers: &mut Numbers) -> Result<()> {
 }
 
 /// Lets the proxy meet a real QEMU without a machine, and takes down what was said; its regular looks included.
-fn record(world: &mut World) -> Result<(&'static str, PathBuf)> {
+pub(crate) fn record(world: &mut World) -> Result<(&'static str, PathBuf)> {
     let folder = world.prepare_bare("model")?;
     let trace = folder.join("trace");
     let mut command = Command::new("qemu-system-x86_64");
@@ -204,7 +204,7 @@ fn no_machine(name: &str, uuid: uuid::Uuid) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).chain([uuid.to_string()]).collect()
 }
 
-fn double(world: &World, (variable, recording): &(&'static str, PathBuf), number: usize) -> Result<Process> {
+pub(crate) fn double(world: &World, (variable, recording): &(&'static str, PathBuf), number: usize) -> Result<Process> {
     let name = format!("vm{number}");
     let mut command = Command::new(std::env::current_exe()?);
     command
