@@ -38,11 +38,15 @@ pub enum MalformedKind {
 }
 
 impl Malformed {
-    pub(crate) fn new(what: &'static str, offset: usize, kind: MalformedKind) -> Self {
+    /// That `what` is not one, at this offset in bytes, for readers of several values.
+    #[must_use]
+    pub fn new(what: &'static str, offset: usize, kind: MalformedKind) -> Self {
         Self { what, offset, kind }
     }
 
-    pub(crate) fn invalid(what: &'static str, offset: usize, why: &'static str) -> Self {
+    /// The same for a rule that is broken.
+    #[must_use]
+    pub fn invalid(what: &'static str, offset: usize, why: &'static str) -> Self {
         Self::new(what, offset, MalformedKind::Invalid(why))
     }
 

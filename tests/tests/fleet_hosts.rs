@@ -10,7 +10,7 @@ use onequote_tests::{
     lab::Random,
 };
 use onequote_verifier::{
-    appraise::{Appraisal, Context, Received, appraise, freshness::Freshness, state::HostState},
+    appraise::{Appraisal, Context, Received, Shared, appraise, freshness::Freshness, state::HostState},
     policy::Policy,
     result::Verdict,
 };
@@ -52,6 +52,7 @@ impl Verifier {
             now: now(),
             lifetime: 60_000,
             facts: false,
+            shared: &Shared::default(),
         };
         let Appraisal { verdict, state, .. } = appraise(&received, &context);
         if let Some(state) = state {

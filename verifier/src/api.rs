@@ -282,6 +282,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
+    use crate::intake::Intake;
     use crate::{
         enrol::Identity,
         round::Times,
@@ -313,7 +314,14 @@ mod tests {
             software_tpm: true,
         };
         store.enrol(&host, false).await.unwrap();
-        let verifier = Verifier { store, identity, authority: None, source: Arc::new(System), times: Times::default() };
+        let verifier = Verifier {
+            store,
+            identity,
+            authority: None,
+            source: Arc::new(System),
+            times: Times::default(),
+            intake: Intake::default(),
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

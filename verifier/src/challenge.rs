@@ -25,7 +25,18 @@ pub struct Challenge {
     pub expires: TimeMs,
 }
 
-/// Makes a challenge for a host that holds for `lifetime` milliseconds.
+/// Makes a challenge that holds for `lifetime` milliseconds. It must be written down before it is sent.
+#[must_use]
+pub fn make(source: &dyn Source, lifetime: u64) -> Challenge {
+    let mut bytes = vec![0; SIZE];
+    source.fill(&mut bytes);
+    // SIZE is within what a nonce may have.
+    #[allow(clippy::expect_used)]
+    let nonce = Nonce::new(bytes).expect("32 bytes make a nonce");
+    Challenge { nonce, expires: TimeMs(source.now().0.saturating_add(lifetime)) }
+}
+
+/// Makes a challenge for a host that holds for `lifetime` milliseconds, and writes it down.
 ///
 /// # Errors
 /// [`StoreError`]: then nothing may be sent.
@@ -35,14 +46,9 @@ pub async fn issue<S: Store>(
     host: &HostId,
     lifetime: u64,
 ) -> Result<Challenge, StoreError> {
-    let mut bytes = vec![0; SIZE];
-    source.fill(&mut bytes);
-    // SIZE is within what a nonce may have.
-    #[allow(clippy::expect_used)]
-    let nonce = Nonce::new(bytes).expect("32 bytes make a nonce");
+    let challenge = make(source, lifetime);
     let now = source.now();
-    let expires = TimeMs(now.0.saturating_add(lifetime));
-    store.issue(&nonce, host, now, expires).await?;
+    store.issue(&challenge.nonce, host, now, challenge.expires).await?;
     store.prune(TimeMs(now.0.saturating_sub(MEMORY))).await?;
-    Ok(Challenge { nonce, expires })
+    Ok(challenge)
 }

@@ -110,8 +110,9 @@ impl VmTree {
         let rule = policy.and_then(|policy| policy.rule(&vm.name, uuid)).map(|(_, rule)| rule);
         let none = ImageExpectation::default();
         let listed = rule.into_iter().flat_map(|rule| rule.images.keys());
+        let seen = vm.images.iter().map(|(slot, image)| (slot, &**image));
         // Those that were seen and those that the policy wants.
-        let slots: BTreeMap<&String, &ImageExpectation> = listed.map(|slot| (slot, &none)).chain(&vm.images).collect();
+        let slots: BTreeMap<&String, &ImageExpectation> = listed.map(|slot| (slot, &none)).chain(seen).collect();
         let images: Vec<ImageTree> = (slots.into_iter())
             .map(|(slot, image)| {
                 let listed = rule.map(|rule| rule.images.get(slot));

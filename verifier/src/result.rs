@@ -67,7 +67,8 @@ impl State {
         findings.iter().map(|f| Self::after(f.code)).max().unwrap_or(Self::Trusted)
     }
 
-    fn after(code: Code) -> Self {
+    /// The state that a finding of this code leads to.
+    pub(crate) fn after(code: Code) -> Self {
         match (code, code.class()) {
             (Code::RuntimeStale | Code::VerdictExpired, _) => Self::Stale,
             (Code::Unreachable | Code::TlsRefused | Code::ProxyError, _) => Self::Unreachable,

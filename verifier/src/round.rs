@@ -1,28 +1,24 @@
-//! One attestation of one host: challenge, ask, appraise, keep.
+//! One attestation of one host that is asked: challenge, ask, take.
 //!
-//! The challenge is written down before it is sent and marked as answered before it is appraised. The verdict is
-//! written together with the state that it was made against; when another round of the same host was faster, this one
-//! begins again with a new challenge, since its evidence may be older than the state.
+//! The challenge is written down before it is sent. What comes back goes the way of all evidence ([`crate::intake`]); when
+//! that says that it says nothing, since another round of the same host was faster, this one begins again with a new
+//! challenge.
 
-use std::{sync::Arc, time::Duration};
+use std::{io::Cursor, sync::Arc, time::Duration};
 
-use onequote_evidence::{
-    id::HostId,
-    stream::{Evidence, Have},
-    tpm::Public,
-};
+use onequote_evidence::{id::HostId, stream::Have};
 
 use crate::{
-    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness},
-    challenge,
+    appraise::Facts,
     client::{self, Target},
-    enrol::{EnrolError, Identity, authority::Authority, serial},
+    enrol::{EnrolError, Identity, authority::Authority},
     finding::{Code, Finding},
-    policy::{Policy, PolicyError},
+    intake::{Answer, Expected, Intake, Known, Outcome, Taken, Wanted},
+    policy::PolicyError,
     result::Verdict,
     source::Source,
     store::{
-        Host, NonceUse, Part, StoreError, Take, Taken,
+        StoreError,
         enrol::{EnrolStore, Standing},
     },
 };
@@ -57,6 +53,8 @@ pub struct Verifier<S> {
     pub source: Arc<dyn Source>,
     /// How long things hold.
     pub times: Times,
+    /// What is at hand of hosts.
+    pub intake: Intake,
 }
 
 /// What a round gave.
@@ -64,7 +62,7 @@ pub struct Verifier<S> {
 pub struct Round {
     /// The verdict.
     pub verdict: Verdict,
-    /// The whole evidence as a stream, if any came; as it came, if it cannot be read.
+    /// The whole evidence as a stream, if that was wanted and any came; as it came, if it cannot be read.
     pub evidence: Option<Vec<u8>>,
     /// Bytes that came over the network.
     pub received: usize,
@@ -102,6 +100,14 @@ pub enum Fault {
         /// Why.
         source: Option<EnrolError>,
     },
+    /// The appraisal ended by itself.
+    #[error("the appraisal of host {host} was not finished")]
+    Appraisal {
+        /// Of which host.
+        host: HostId,
+        /// Why.
+        source: tokio::task::JoinError,
+    },
     /// What was received cannot be kept.
     #[error("evidence cannot be compressed")]
     Compress(#[source] std::io::Error),
@@ -116,7 +122,15 @@ impl<S: EnrolStore> Verifier<S> {
     /// # Errors
     /// [`Fault`]. That the host is unreachable or untrusted is no error: the verdict says so.
     pub async fn attest(&self, id: &HostId) -> Result<Round, Fault> {
-        self.run(id, false).await
+        self.run(id, Wanted::default()).await
+    }
+
+    /// Attests a host and gives its whole evidence too: for saving it.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub async fn attest_for_evidence(&self, id: &HostId) -> Result<Round, Fault> {
+        self.run(id, Wanted { evidence: true, ..Wanted::default() }).await
     }
 
     /// Attests a host and keeps what was shown to be measured in the result: for proposing a policy.
@@ -124,109 +138,67 @@ impl<S: EnrolStore> Verifier<S> {
     /// # Errors
     /// [`Fault`].
     pub async fn attest_for_facts(&self, id: &HostId) -> Result<Round, Fault> {
-        self.run(id, true).await
+        self.run(id, Wanted { facts: true, ..Wanted::default() }).await
     }
 
-    async fn run(&self, id: &HostId, facts: bool) -> Result<Round, Fault> {
+    async fn run(&self, id: &HostId, wanted: Wanted) -> Result<Round, Fault> {
+        let mut all = false;
         for _ in 0..ATTEMPTS {
-            let host = self.store.host(id).await?;
-            let Some(round) = self.try_attest(&host, facts).await? else { continue };
-            return Ok(round);
+            match self.try_attest(id, wanted, all).await? {
+                Ok(round) => return Ok(round),
+                // Nothing, or what cannot be gone on from.
+                Err(Again { had_nothing }) => all |= had_nothing,
+            }
         }
         Err(Fault::Busy(id.clone()))
     }
 
-    /// One attempt; none when the host's state was renewed meanwhile.
-    async fn try_attest(&self, host: &Host, facts: bool) -> Result<Option<Round>, Fault> {
-        let enrolled = &host.enrolment;
-        let id = &enrolled.id;
-        if host.standing != Standing::Enrolled {
-            let finding = Finding::new(Code::HostWithdrawn, id.as_str()).actual(host.standing);
-            let round = self.without_evidence(host, finding, None);
-            return Ok(self.keep(host, round, None).await?);
+    /// One attempt.
+    async fn try_attest(&self, id: &HostId, wanted: Wanted, all: bool) -> Result<Result<Round, Again>, Fault> {
+        let known = self.known(id).await?;
+        let enrolled = &known.enrolment;
+        if known.standing != Standing::Enrolled {
+            let finding = Finding::new(Code::HostWithdrawn, id.as_str()).actual(known.standing);
+            return self.unanswered(&known, finding).await;
         }
-        let ak = Public::parse(&enrolled.ak).map_err(|source| Fault::Key { host: id.clone(), source })?;
-        let policy = self.policy(host).await?;
-        let issued = self.issued_identity(host)?;
-        let lifetime = millis(self.times.challenge);
-        let challenge = challenge::issue(&self.store, &*self.source, id, lifetime).await?;
+        let issued = self.issued_identity(&known)?;
+        let expected = self.expect_now(id, all, self.times.challenge).await?;
         let target = Target { host: id, url: &enrolled.url, certificate: &enrolled.certificate };
         let identity = issued.as_deref().unwrap_or(&self.identity);
-        let before = self.before(id).await?;
-        let have = before.as_ref().map(Have::of).unwrap_or_default();
+        let Expected { challenge, have } = expected;
         let answer = client::ask(target, identity, &challenge.nonce, &have, self.times.challenge).await;
         let answer = match answer {
             Ok(answer) => answer,
-            Err(e) => {
-                let round = self.without_evidence(host, e.finding(&enrolled.url), None);
-                return Ok(self.keep(host, round, None).await?);
-            }
+            Err(e) => return self.unanswered(&known, e.finding(&enrolled.url)).await,
         };
-        if issued.is_some()
-            && let Some(finding) = self.certificate_defect(id, &ak, &answer.certificate).await?
-        {
-            let round = self.without_evidence(host, finding, Some(answer.evidence));
-            return Ok(self.keep(host, round, None).await?);
-        }
-        let size = answer.evidence.len();
-        let received = match &before {
-            Some(before) => Received::read_onto(&answer.evidence, before),
-            None => Received::read(&answer.evidence),
-        };
-        let received = match received {
-            Ok(received) => received,
-            Err(finding) => {
-                let round = self.without_evidence(host, finding, Some(answer.evidence));
-                return Ok(self.keep(host, round, None).await?);
-            }
-        };
-        let now = self.source.now();
-        let claimed = &received.evidence().head.nonce.0;
-        let claimed_was_answered = self.store.was_answered(id, claimed).await?;
-        let unused = self.store.answer(&challenge.nonce, id, now).await? == NonceUse::Fresh;
-        let freshness = Freshness::Asked {
-            nonce: challenge.nonce,
+        let received = answer.evidence.len();
+        let raw = wanted.evidence.then(|| answer.evidence.clone());
+        let answer = Answer {
+            challenge,
             binding: answer.binding,
-            expires: challenge.expires,
-            unused,
-            claimed_was_answered,
+            certificate: issued.is_some().then_some(answer.certificate),
+            evidence: Cursor::new(answer.evidence),
         };
-        let context = Context {
-            host: Some(id),
-            ak: &ak,
-            software_tpm: enrolled.software_tpm,
-            freshness: &freshness,
-            state: &host.state,
-            policy: policy.as_ref().map(|(policy, version)| (policy, *version)),
-            now,
-            lifetime: millis(self.times.verdict),
-            facts,
-        };
-        let Appraisal { verdict, state, facts } = appraise(&received, &context);
-        let evidence = match before {
-            // As it came it is of use only to who has what came before.
-            Some(_) => received.evidence().to_bytes().map_err(Fault::Compress)?,
-            None => answer.evidence,
-        };
-        let round = Round { verdict, evidence: Some(evidence), received: size, facts };
-        Ok(self.keep(host, round, state).await?)
+        Ok(match self.take(id, answer, wanted).await? {
+            Outcome::Again(next) => Err(Again { had_nothing: next.have == Have::default() }),
+            Outcome::Taken(taken) => {
+                let Taken { verdict, facts, whole, .. } = *taken;
+                let whole = whole.map(|whole| whole.to_stream()).transpose().map_err(Fault::Compress)?;
+                Ok(Round { verdict, evidence: whole.or(raw), received, facts })
+            }
+        })
     }
 
-    /// The last evidence that was accepted of a host. What cannot be read is asked for again.
-    async fn before(&self, id: &HostId) -> Result<Option<Evidence>, StoreError> {
-        let parts = self.store.parts(id).await?;
-        let [kept] = parts.as_slice() else { return Ok(None) };
-        match Received::read(kept) {
-            Ok(received) => Ok(Some(received.into_evidence())),
-            Err(finding) => {
-                tracing::warn!(host = %id, "kept evidence cannot be read, so all of it is asked for: {:?}", finding.actual);
-                Ok(None)
-            }
-        }
+    /// A round without an answer.
+    async fn unanswered(&self, known: &Known, finding: Finding) -> Result<Result<Round, Again>, Fault> {
+        let verdict = self.without_evidence(known, finding).await?;
+        let kept = self.keep_verdict(known, &verdict).await?;
+        let round = Round { verdict, evidence: None, received: 0, facts: None };
+        Ok(kept.then_some(round).ok_or(Again { had_nothing: false }))
     }
 
     /// The certificate by which a host that has joined knows us.
-    fn issued_identity(&self, host: &Host) -> Result<Option<Arc<Identity>>, Fault> {
+    fn issued_identity(&self, host: &Known) -> Result<Option<Arc<Identity>>, Fault> {
         if !host.joined.issued {
             return Ok(None);
         }
@@ -234,57 +206,12 @@ impl<S: EnrolStore> Verifier<S> {
         let authority = self.authority.as_ref().ok_or_else(|| fault(None))?;
         authority.identity().map(Some).map_err(|e| fault(Some(e)))
     }
+}
 
-    /// Why the certificate that a proxy showed does not count, although our authority issued it to this name.
-    async fn certificate_defect(&self, id: &HostId, ak: &Public, shown: &[u8]) -> Result<Option<Finding>, StoreError> {
-        let known = match serial(shown) {
-            Some(serial) => self.store.certificate(&serial).await?,
-            None => None,
-        };
-        let why = match known {
-            None => "it is not known here",
-            Some(known) if known.revoked => "it was taken back",
-            Some(known) if known.host != *id => "it is another host's",
-            Some(known) if known.ak != ak.name() => "it belongs to another attestation key",
-            Some(_) => return Ok(None),
-        };
-        Ok(Some(Finding::new(Code::CertificateRevoked, "certificate").actual(why)))
-    }
-
-    async fn policy(&self, host: &Host) -> Result<Option<(Policy, u64)>, Fault> {
-        let Some((version, text)) = self.store.policy(host).await? else { return Ok(None) };
-        let id = &host.enrolment.id;
-        let policy = Policy::parse(&text, &format!("policy of {id}, version {version}"));
-        let policy = policy.map_err(|source| Fault::Policy { host: id.clone(), source })?;
-        Ok(Some((policy, version)))
-    }
-
-    fn without_evidence(&self, host: &Host, finding: Finding, evidence: Option<Vec<u8>>) -> Round {
-        let last = host.verdict.as_ref();
-        let mut verdict = Verdict::without_evidence(host.enrolment.id.clone(), finding, last, self.source.now());
-        verdict.host.software_tpm = host.enrolment.software_tpm;
-        Round { verdict, received: evidence.as_ref().map_or(0, Vec::len), evidence, facts: None }
-    }
-
-    async fn keep(
-        &self,
-        host: &Host,
-        round: Round,
-        state: Option<crate::appraise::state::HostState>,
-    ) -> Result<Option<Round>, StoreError> {
-        let taken = Taken {
-            host: &host.enrolment.id,
-            version: host.version,
-            nonce: None,
-            now: self.source.now(),
-            verdict: &round.verdict,
-            state: state.as_ref(),
-            trees: state.as_ref().is_some_and(|state| !state.same_trees(&host.state)),
-            part: round.evidence.as_deref().filter(|_| state.is_some()).map(Part::Whole),
-            next: None,
-        };
-        Ok(matches!(self.store.take(taken).await?, Take::Kept(_)).then_some(round))
-    }
+/// A round that has to begin again.
+struct Again {
+    /// Whether nothing that was kept is of use.
+    had_nothing: bool,
 }
 
 /// The verdict that shows a fault of the verifier itself.
@@ -304,6 +231,6 @@ pub fn faulty(id: &HostId, fault: &Fault, last: Option<&Verdict>, source: &dyn S
     )
 }
 
-fn millis(time: Duration) -> u64 {
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -35,7 +35,7 @@ fn entry(alg: HashAlg, content: &[u8], signature: &[u8]) -> Vec<u8> {
 
 fn judge(policy: &Policy, raw: &[u8]) -> Option<Code> {
     let entry = Entry::parse(raw, 20).unwrap();
-    Judge::new(&policy.host.ima).list(&[entry]).pop().map(|finding| finding.code)
+    Judge::new(&policy.host.ima).finding(&entry).map(|finding| finding.code)
 }
 
 #[test]

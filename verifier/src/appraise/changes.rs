@@ -9,6 +9,7 @@ use onequote_evidence::event::{
 };
 
 use super::{
+    found::Notes,
     images,
     sessions::Session,
     state::{Place, VmExpectation},
@@ -31,7 +32,7 @@ pub(super) fn take(
     body: &EventBody,
     rule: Option<&VmRule>,
     by: &Place,
-    notes: &mut Vec<String>,
+    notes: &mut Notes,
 ) -> bool {
     let mut change = Change { session, tree, rule, by, notes };
     match body {
@@ -57,13 +58,7 @@ pub(super) fn take(
 }
 
 /// Judges another way to command QEMU.
-pub(super) fn monitor(
-    session: &mut Session,
-    monitor: &str,
-    rule: Option<&VmRule>,
-    by: &Place,
-    notes: &mut Vec<String>,
-) {
+pub(super) fn monitor(session: &mut Session, monitor: &str, rule: Option<&VmRule>, by: &Place, notes: &mut Notes) {
     if rule.is_some_and(|rule| rule.monitors == Consent::Allowed) {
         notes.push(format!("{}: can also be commanded by {monitor}, as allowed", session.name));
     } else {
@@ -77,7 +72,7 @@ struct Change<'a> {
     tree: &'a mut VmExpectation,
     rule: Option<&'a VmRule>,
     by: &'a Place,
-    notes: &'a mut Vec<String>,
+    notes: &'a mut Notes,
 }
 
 impl Change<'_> {

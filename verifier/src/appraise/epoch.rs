@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
     digest::HashAlg,
-    event::{EventBody, GapReason, ProxyStart},
+    event::{GapReason, ProxyStart},
     id::{BootId, Epoch},
     pcr::RegisterValue,
 };
@@ -25,7 +25,7 @@ use onequote_evidence::{
 use super::{log::VerifiedLog, state::Accepted};
 
 /// The most gaps of earlier logs that are kept; any one of them keeps the host from being trusted.
-const MAX_PAST: usize = 64;
+pub const MAX_PAST: usize = 64;
 
 /// A gap that an earlier log of the same boot told of, or that nobody told of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
@@ -44,27 +44,10 @@ pub struct PastGap {
     pub detail: String,
 }
 
-/// The gaps that a log tells of its host, VMs apart.
-#[must_use]
-pub fn told(log: &VerifiedLog) -> Vec<PastGap> {
-    let epoch = log.start().epoch.number;
-    let gaps = log.events().iter().filter_map(|(record, event)| match &event.body {
-        EventBody::LogGap(gap) if event.vm.is_none() => {
-            Some(PastGap { epoch, record: *record, reason: gap.reason, detail: gap.detail.clone() })
-        }
-        _ => None,
-    });
-    gaps.take(MAX_PAST).collect()
-}
-
 /// The kernel that ran at the log's last start of a proxy.
 #[must_use]
 pub fn last_boot(log: &VerifiedLog) -> BootId {
-    let last = log.events().iter().rev().find_map(|(_, event)| match &event.body {
-        EventBody::ProxyStart(start) => Some(start.boot_id),
-        _ => None,
-    });
-    last.unwrap_or(log.start().boot_id)
+    log.starts().last().map_or(log.start().boot_id, |(_, start)| start.boot_id)
 }
 
 /// What stands of this boot although this log does not tell it. The caller must trust `accepted` to be what it stored
@@ -93,7 +76,7 @@ pub fn check(log: &VerifiedLog, epoch: Epoch, accepted: Option<&Accepted>) -> Ve
         Change::Kexec => Some((GapReason::Kexec, format!("boot {before} was followed by boot {}", start.boot_id))),
         Change::SameKernel | Change::Reboot => None,
     };
-    let own = told(log);
+    let own = log.gaps();
     if let Some((reason, detail)) = unsaid
         && !own.iter().any(|gap| gap.reason == reason)
     {

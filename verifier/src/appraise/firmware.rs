@@ -3,9 +3,14 @@
 //! The log is replayed in every quoted bank that it has. A register whose replay is the quoted value is *explained*:
 //! its events are what was extended, in this order, and nothing is missing. Only explained registers are judged by
 //! rules. IMA's register and the log's own two go on after the boot, so that they are not compared here: the log's must
-//! begin with what the boot left in them, which [`super::log::check_history`] asks [`Boot::history`] for.
+//! begin with what the boot left in them, which [`super::log::check_history`] looks at [`History`] for.
+//!
+//! All of it hangs on log, registers of the boot, the start of the measurement log, and rules: [`Outcome`] holds for as long
+//! as none of these is another, and is small, so that the log itself need not be kept at hand.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+
+use sha2::Digest as _;
 
 use onequote_evidence::{
     digest::HashAlg,
@@ -15,7 +20,7 @@ use onequote_evidence::{
     pcr::{QUOTED_PCRS, Register},
 };
 
-use super::registers::QuotedRegisters;
+use super::{found::Notes, registers::QuotedRegisters};
 use crate::{
     finding::{Code, Finding},
     policy::{FirmwareRule, HostRule, Runtime},
@@ -28,6 +33,9 @@ pub use rules::judge;
 
 /// The bank by which everything is judged: the one that every quote has.
 pub const BANK: HashAlg = HashAlg::Sha256;
+
+/// The check that is skipped where there are no rules about the boot.
+pub(super) const RULES: &str = "firmware-rules";
 
 const IMA_PCR: u8 = 10;
 
@@ -72,6 +80,104 @@ impl<'a> Boot<'a> {
         let replayed = self.log.value(Register { bank: BANK, pcr })?;
         (replayed == value).then(|| self.log.extends(pcr).collect())
     }
+}
+
+/// What the firmware's event log, or that there is none, comes to.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Bytes of the log.
+    pub len: u64,
+    /// Whether there is a log that can be read.
+    pub readable: bool,
+    /// What is wrong with the log.
+    pub findings: Vec<Finding>,
+    /// What of it was not checked.
+    pub skipped: Vec<Skipped>,
+    /// What the rules about the boot find.
+    pub judged: Vec<Finding>,
+    /// What rules that are kept rely on.
+    pub notes: Vec<String>,
+    /// What it says of the measurement log's registers.
+    pub history: BTreeMap<u8, History>,
+    /// Registers that it explains.
+    pub explained: BTreeSet<u8>,
+    /// Over the registers that it was held against.
+    registers: Sha256,
+}
+
+/// What the firmware's event log says of a register of the measurement log, before that began.
+#[derive(Debug, Clone)]
+pub struct History {
+    /// Whether it has events that extended it.
+    pub extended: bool,
+    /// The events that lead to what the register held, if they do.
+    pub explained: Option<Explained>,
+}
+
+/// Events of a boot stub that explain a register.
+#[derive(Debug, Clone)]
+pub struct Explained {
+    /// Whether the policy knows every one.
+    pub allowed: bool,
+    /// The events for people.
+    pub words: String,
+}
+
+impl Outcome {
+    /// Replays and judges the log. The caller must trust `quoted`, and `start` to be replayed to them.
+    #[must_use]
+    pub fn of(bytes: &[u8], quoted: &QuotedRegisters, start: &ProxyStart, rule: &HostRule) -> Self {
+        let (mut skipped, mut notes) = (Vec::new(), Notes::default());
+        let (boot, findings) = check(bytes, quoted, start, rule, &mut skipped);
+        let mut judged = Vec::new();
+        match &rule.firmware {
+            Some(rule) => judged = judge(rule, boot.as_ref(), &mut notes),
+            None if boot.is_some() => {
+                let why = "the policy has no rules about the boot ([host.firmware])";
+                skipped.push(Skipped::new(RULES, why));
+            }
+            None => {}
+        }
+        let mut history = BTreeMap::new();
+        for item in start.history.iter().filter(|item| item.bank == BANK) {
+            let Some(boot) = &boot else { break };
+            let explained = boot.history(item.pcr, &item.value.0).map(|events| Explained {
+                allowed: stub_allows(rule.firmware.as_ref(), &events),
+                words: in_words(boot, &events),
+            });
+            history.insert(item.pcr, History { extended: boot.log.is_extended(item.pcr), explained });
+        }
+        Self {
+            len: bytes.len() as u64,
+            readable: boot.is_some(),
+            findings,
+            skipped,
+            judged,
+            notes: notes.finish(),
+            history,
+            explained: boot.map(|boot| boot.explained).unwrap_or_default(),
+            registers: digest(quoted, start),
+        }
+    }
+
+    /// Whether it holds for these registers too. Log, rule and `start` must be those that it was made for.
+    #[must_use]
+    pub fn holds_for(&self, quoted: &QuotedRegisters, start: &ProxyStart) -> bool {
+        self.registers == digest(quoted, start)
+    }
+}
+
+/// Over the registers that [`check`] looks at.
+fn digest(quoted: &QuotedRegisters, start: &ProxyStart) -> Sha256 {
+    let others = [IMA_PCR, start.pcr_vm, start.pcr_guest];
+    let mut hasher = sha2::Sha256::new();
+    for (register, value) in quoted.values().iter().filter(|(register, _)| !others.contains(&register.pcr)) {
+        hasher.update(register.bank.tpm_id().to_be_bytes());
+        hasher.update([register.pcr]);
+        // The bank says how long it is.
+        hasher.update(value);
+    }
+    Sha256(hasher.finalize().into())
 }
 
 /// Replays the log. The caller must trust `quoted`, and `start` to be replayed to them.

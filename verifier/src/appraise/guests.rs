@@ -1,37 +1,43 @@
 //! Step 9: that each guest's list is the one whose aggregates went into the log, and into the statement.
 //!
-//! Lists come as references into one dictionary. Replaying a list gives its aggregate after every entry; each record
-//! of entries must have the one at its place, records must follow each other, and the last must be what the host
-//! states now. A list that was accepted before must still begin as it did.
+//! Lists come as references into one dictionary. Replaying a list, from its start or from where its replay stood, gives its
+//! aggregate after every entry; each record of entries must have the one at its place, records must follow each
+//! other, and the last must be what the host states now. A list that was accepted before must still begin as it did; one
+//! that goes on does by its making.
 
 use std::collections::{BTreeMap, HashMap};
 
 use onequote_evidence::{
-    id::{Blob, SessionId, Sha256},
-    ima::{Aggregate, Entry, SHA1_HASH_SIZE},
+    id::{SessionId, Sha256},
+    ima::{Aggregate, SHA1_HASH_SIZE},
     statement::{GuestBoot, Statement, VmState},
     stream::Guest,
 };
 
 use super::{
-    sessions::{Boot, Sessions},
+    WholeNeeded,
+    dictionary::Dictionary,
+    sessions::{Boot, Boots, Sessions},
     state::AcceptedGuest,
 };
 use crate::finding::{Code, Finding};
 
-/// Distinct entries, read once for each size of template hash that a guest's list has.
-pub struct Dictionary<'a> {
-    raw: &'a [Blob],
-    read: HashMap<usize, Vec<Option<DictionaryEntry<'a>>>>,
-}
+/// A boot of a QEMU process' guest.
+pub type ListId = (SessionId, u32);
 
-/// One distinct entry.
-#[derive(Debug, Clone, Copy)]
-pub struct DictionaryEntry<'a> {
-    /// As listed.
-    pub entry: Entry<'a>,
-    /// What it extends an aggregate with.
-    pub digest: Sha256,
+/// How far a list was taken in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListProgress {
+    /// Size of the template hash that it was read with, in bytes.
+    pub hash_size: usize,
+    /// Count of entries, and aggregate over them.
+    pub aggregate: Aggregate,
+    /// By which rule its entries were judged.
+    pub rule: Option<u32>,
+    /// Those that are not as they should be, each once, as indexes into the dictionary.
+    pub bad: Vec<u32>,
+    /// What of the others could not be checked.
+    pub unchecked: super::ima::Unchecked,
 }
 
 /// A guest's list that is the recorded one.
@@ -43,10 +49,12 @@ pub struct VerifiedList<'a> {
     pub boot: u32,
     /// Size of the template hash, in bytes: with it the dictionary is read.
     pub hash_size: usize,
-    /// Indexes into the dictionary, all of them there and readable.
-    pub entries: &'a [u32],
-    /// Aggregate over them.
-    pub aggregate: Sha256,
+    /// How far it was taken in before.
+    pub before: Option<&'a ListProgress>,
+    /// What came since: indexes into the dictionary, all of them there and readable.
+    pub new: &'a [u32],
+    /// Count of entries, and aggregate over all of them.
+    pub aggregate: Aggregate,
 }
 
 /// Lists and what is wrong with others.
@@ -60,61 +68,56 @@ pub struct Guests<'a> {
     pub host_findings: Vec<Finding>,
 }
 
-impl<'a> Dictionary<'a> {
-    /// Over the entries as sent.
-    #[must_use]
-    pub fn new(raw: &'a [Blob]) -> Self {
-        Self { raw, read: HashMap::new() }
-    }
-
-    /// The entries, read with this size of template hash; none where an entry cannot be read so.
-    pub fn entries(&mut self, hash_size: usize) -> &[Option<DictionaryEntry<'a>>] {
-        let raw = self.raw;
-        self.read.entry(hash_size).or_insert_with(|| {
-            let read = |blob: &'a Blob| {
-                let entry = Entry::parse(&blob.0, hash_size).ok()?;
-                Some(DictionaryEntry { entry, digest: Aggregate::digest(&entry) })
-            };
-            raw.iter().map(read).collect()
-        })
-    }
-}
-
-/// Checks all lists. The caller must trust `statement` and `sessions`, and must have kept `accepted` itself.
-#[must_use]
+/// Checks all lists. The caller must trust `statement`, `sessions` and `dictionary`, and must have kept `before` and
+/// `accepted` itself.
+///
+/// # Errors
+/// When what was kept does not suffice.
 pub fn check<'a>(
     statement: &Statement,
     sessions: &Sessions,
+    before: &'a BTreeMap<ListId, ListProgress>,
     sent: &'a [Guest],
-    dictionary: &mut Dictionary<'_>,
+    dictionary: &Dictionary,
     accepted: &[AcceptedGuest],
-) -> Guests<'a> {
+) -> Result<Guests<'a>, WholeNeeded> {
     let mut out = Guests::default();
+    let stated: HashMap<SessionId, &VmState> = statement.vms.iter().map(|vm| (vm.session, vm)).collect();
     for list in sent {
-        let stated = (statement.vms.iter())
-            .any(|vm| vm.session == list.session && vm.vm == list.vm && vm.boots.iter().any(|b| b.boot == list.boot));
-        if !stated {
+        let vm = stated.get(&list.session).filter(|vm| vm.vm == list.vm);
+        if vm.is_none_or(|vm| vm.boots.iter().all(|boot| boot.boot != list.boot)) {
             let item = format!("VM {}, session {}, boot {}", list.vm, list.session, list.boot);
             out.host_findings.push(Finding::new(Code::GuestListUnexpected, item));
         }
     }
+    let sent: HashMap<_, &Guest> = sent.iter().map(|list| ((list.vm, list.session, list.boot), list)).collect();
+    let accepted: HashMap<ListId, &AcceptedGuest> = accepted.iter().map(|a| ((a.session, a.boot), a)).collect();
+    let mut digests = Digests { dictionary, read: HashMap::new() };
+    let none = Boots::default();
     for vm in &statement.vms {
-        let none = BTreeMap::new();
-        let boots = sessions.by_id.get(&vm.session).map_or(&none, |s| &s.boots);
-        let older = sessions.by_id.get(&vm.session).is_some_and(|s| s.older);
-        let mut findings = missing_boots(vm, boots, accepted);
+        let session = sessions.by_id.get(&vm.session);
+        let boots = session.map_or(&none, |s| &s.boots);
+        let older = session.is_some_and(|s| s.older);
+        let mut findings = missing_boots(vm, boots, &accepted);
         for stated in &vm.boots {
-            let list = sent.iter().find(|l| l.session == vm.session && l.vm == vm.vm && l.boot == stated.boot);
-            let recorded = boots.get(&stated.boot).cloned().unwrap_or_default();
-            let before = accepted.iter().find(|a| a.session == vm.session && a.boot == stated.boot);
-            let entries = list.map_or(&[][..], |list| &list.entries);
-            let one = One { stated, recorded: &recorded, entries, sent: list.is_some(), before, older };
-            match one.check(dictionary) {
-                Ok((hash_size, aggregate)) => out.lists.push(VerifiedList {
+            let id = (vm.session, stated.boot);
+            let list = sent.get(&(vm.vm, vm.session, stated.boot));
+            let recorded = boots.get(stated.boot).cloned().unwrap_or_default();
+            let hash_size = recorded.hash_size.map_or(SHA1_HASH_SIZE, |size| size as usize);
+            let from = before.get(&id);
+            if from.is_some_and(|from| from.hash_size != hash_size) {
+                return Err(WholeNeeded);
+            }
+            let new = list.map_or(&[][..], |list| &list.entries);
+            let accepted = accepted.get(&id).copied();
+            let one = One { stated, recorded: &recorded, from, new, sent: list.is_some(), accepted, older, hash_size };
+            match one.check(&mut digests) {
+                Ok(aggregate) => out.lists.push(VerifiedList {
                     session: vm.session,
                     boot: stated.boot,
                     hash_size,
-                    entries,
+                    before: from,
+                    new,
                     aggregate,
                 }),
                 Err(finding) => findings.push(finding),
@@ -124,57 +127,71 @@ pub fn check<'a>(
             out.findings.insert(vm.session, findings);
         }
     }
-    out
+    Ok(out)
 }
 
 /// Boots that the log or an accepted statement speaks of, and that are not stated now.
-fn missing_boots(vm: &VmState, recorded: &BTreeMap<u32, Boot>, accepted: &[AcceptedGuest]) -> Vec<Finding> {
+fn missing_boots(vm: &VmState, recorded: &Boots, accepted: &HashMap<ListId, &AcceptedGuest>) -> Vec<Finding> {
     let stated = |boot: u32| vm.boots.iter().any(|b| b.boot == boot);
-    let in_log = recorded.iter().filter(|(boot, _)| !stated(**boot)).filter_map(|(boot, facts)| {
-        let (recnum, last) = facts.recorded.last()?;
+    let in_log = recorded.iter().filter(|(boot, _)| !stated(*boot)).filter_map(|(boot, facts)| {
+        let last = facts.recorded.last().map(|(recnum, last)| (*recnum, last.first.saturating_add(last.count)));
+        let (recnum, after) = last.or(facts.held)?;
         let finding = Finding::new(Code::GuestListCount, format!("boot {boot}, record {recnum}"));
-        Some(finding.expected(format!("{} entries", last.first + last.count)).actual("not in the statement"))
+        Some(finding.expected(format!("{after} entries")).actual("not in the statement"))
     });
-    let before = accepted.iter().filter(|a| a.session == vm.session && a.count > 0 && !stated(a.boot)).map(|a| {
+    let mut findings: Vec<Finding> = in_log.collect();
+    let mut gone: Vec<&&AcceptedGuest> =
+        accepted.values().filter(|a| a.session == vm.session && a.count > 0 && !stated(a.boot)).collect();
+    gone.sort_by_key(|a| a.boot);
+    findings.extend(gone.into_iter().map(|a| {
         let finding = Finding::new(Code::GuestListRollback, format!("boot {}", a.boot));
         finding.expected(format!("at least {} entries", a.count)).actual("not in the statement")
-    });
-    in_log.chain(before).collect()
+    }));
+    findings
+}
+
+/// What the entries of a dictionary extend an aggregate with, at hand where many are asked for.
+struct Digests<'a> {
+    dictionary: &'a Dictionary,
+    read: HashMap<usize, Vec<Option<Sha256>>>,
+}
+
+impl Digests<'_> {
+    /// For a list that goes on with so many references.
+    fn of(&mut self, hash_size: usize, references: usize) -> Option<&[Option<Sha256>]> {
+        if !self.read.contains_key(&hash_size) && references < self.dictionary.len() / 8 {
+            return None;
+        }
+        let dictionary = self.dictionary;
+        Some(self.read.entry(hash_size).or_insert_with(|| dictionary.iter().map(|one| one.digest(hash_size)).collect()))
+    }
 }
 
 /// One list with everything that it is held against.
 struct One<'a> {
     stated: &'a GuestBoot,
     recorded: &'a Boot,
-    entries: &'a [u32],
+    from: Option<&'a ListProgress>,
+    new: &'a [u32],
     sent: bool,
-    before: Option<&'a AcceptedGuest>,
+    accepted: Option<&'a AcceptedGuest>,
     older: bool,
+    hash_size: usize,
 }
 
 impl One<'_> {
-    fn check(&self, dictionary: &mut Dictionary<'_>) -> Result<(usize, Sha256), Finding> {
+    fn check(&self, digests: &mut Digests<'_>) -> Result<Aggregate, Finding> {
         let boot = self.stated.boot;
         if !self.sent && self.stated.count > 0 {
             let finding = Finding::new(Code::GuestListMissing, format!("boot {boot}"));
             return Err(finding.expected(format!("{} entries", self.stated.count)));
         }
-        let hash_size = self.recorded.hash_size.unwrap_or(SHA1_HASH_SIZE);
-        let read = dictionary.entries(hash_size);
-        let mut aggregates = Vec::with_capacity(self.entries.len() + 1);
-        let mut running = Aggregate::EMPTY;
-        aggregates.push(running.value);
-        for (i, &reference) in self.entries.iter().enumerate() {
-            let finding = || Finding::new(Code::GuestListReference, format!("boot {boot}, entry {i}"));
-            match read.get(reference as usize) {
-                None => return Err(finding().expected(format!("below {}", read.len())).actual(reference)),
-                Some(None) => return Err(finding().actual(format!("dictionary entry {reference} cannot be read"))),
-                Some(Some(entry)) => running.push_digest(&entry.digest),
-            }
-            aggregates.push(running.value);
-        }
-        let at = |count: u64| usize::try_from(count).ok().and_then(|i| aggregates.get(i)).copied();
-        let end = self.check_records(&at)?;
+        let (running, aggregates) = self.replay(digests)?;
+        let at = |count: u64| {
+            let known = aggregates.binary_search_by_key(&count, |known| known.count).ok()?;
+            Some(aggregates[known].value)
+        };
+        let end = self.check_records(&at, running.count)?;
         let count = |item: String, expected: u64, actual: u64| {
             Finding::new(Code::GuestListCount, item).expected(format!("{expected} entries")).actual(actual)
         };
@@ -188,17 +205,54 @@ impl One<'_> {
             let finding = Finding::new(Code::GuestListAggregate, format!("boot {boot}, statement"));
             return Err(finding.expected(self.stated.aggregate).actual(running.value));
         }
-        if let Some(before) = self.before.filter(|before| at(before.count) != Some(before.aggregate)) {
+        if let Some(before) = self.accepted.filter(|before| at(before.count) != Some(before.aggregate)) {
             let finding = Finding::new(Code::GuestListRollback, format!("boot {boot}"));
             return Err(finding.expected(format!("{} entries, {}", before.count, before.aggregate)));
         }
-        Ok((hash_size, running.value))
+        Ok(running)
+    }
+
+    /// The aggregate at the list's end, and after each count of entries that something is said of.
+    fn replay(&self, digests: &mut Digests<'_>) -> Result<(Aggregate, Vec<Aggregate>), Finding> {
+        let boot = self.stated.boot;
+        let mut wanted: Vec<u64> =
+            self.recorded.recorded.iter().map(|(_, e)| e.first.saturating_add(e.count)).collect();
+        wanted.extend(self.accepted.map(|accepted| accepted.count));
+        wanted.sort_unstable();
+        wanted.dedup();
+        let mut running = self.from.map_or(Aggregate::EMPTY, |from| from.aggregate);
+        let begin = running.count;
+        let mut wanted = wanted.into_iter().skip_while(|&count| count < begin).peekable();
+        let mut found = Vec::new();
+        let mut note = |running: &Aggregate| {
+            if wanted.next_if_eq(&running.count).is_some() {
+                found.push(*running);
+            }
+        };
+        note(&running);
+        let (dictionary, hash_size) = (digests.dictionary, self.hash_size);
+        let at_hand = digests.of(hash_size, self.new.len());
+        for &reference in self.new {
+            let digest = match at_hand {
+                Some(read) => read.get(reference as usize).copied(),
+                None => dictionary.get(reference).map(|entry| entry.digest(hash_size)),
+            };
+            let finding = || Finding::new(Code::GuestListReference, format!("boot {boot}, entry {}", running.count));
+            match digest {
+                None => return Err(finding().expected(format!("below {}", dictionary.len())).actual(reference)),
+                Some(None) => return Err(finding().actual(format!("dictionary entry {reference} cannot be read"))),
+                Some(Some(digest)) => running.push_digest(&digest),
+            }
+            note(&running);
+        }
+        Ok((running, found))
     }
 
     /// Holds the list against each record of it; gives the number of entries after the last.
-    fn check_records(&self, at: &dyn Fn(u64) -> Option<Sha256>) -> Result<u64, Finding> {
+    fn check_records(&self, at: &dyn Fn(u64) -> Option<Sha256>, len: u64) -> Result<u64, Finding> {
         let boot = self.stated.boot;
-        let mut end: Option<u64> = if self.older { None } else { Some(0) };
+        let begin = if self.older { None } else { Some(0) };
+        let mut end: Option<u64> = self.recorded.held.map(|(_, after)| after).or(begin);
         for (recnum, entries) in &self.recorded.recorded {
             let item = || format!("boot {boot}, record {recnum}");
             let after = entries.first.saturating_add(entries.count);
@@ -209,7 +263,7 @@ impl One<'_> {
             match at(after) {
                 None => {
                     let finding = Finding::new(Code::GuestListCount, item());
-                    return Err(finding.expected(format!("{after} entries")).actual(self.entries.len()));
+                    return Err(finding.expected(format!("{after} entries")).actual(len));
                 }
                 Some(value) if value != entries.aggregate => {
                     let finding = Finding::new(Code::GuestListAggregate, item());

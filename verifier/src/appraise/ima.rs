@@ -1,11 +1,21 @@
-//! Judging measurement lists: each distinct entry once for each rule, however many guests have it.
+//! Judging measurement lists: each distinct entry once for each rule, however many guests have it, on whatever hosts.
 //!
 //! Of an entry its data are proven, its template's name is not: what is taken for a buffer must have the digest of
 //! that buffer, and what is taken for a file must be in the allow list or signed.
+//!
+//! Most entries are files that the allow list has, which is one look. What takes more than that, signatures and patterns, or
+//! ends in a finding, is remembered in [`Judgements`] for every host whose policy has the same rule.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use onequote_evidence::ima::{DigestKind, Entry, Fields};
+use onequote_evidence::{
+    digest::sha256,
+    id::Sha256,
+    ima::{DigestKind, Entry, Fields},
+};
 
 use crate::{
     finding::{Code, Finding},
@@ -21,41 +31,163 @@ const IMA_PCR: u32 = 10;
 /// The longest part of a buffer that a finding shows, in characters.
 const MAX_SHOWN: usize = 200;
 
-/// Judges the entries of lists by one rule, and remembers what it judged.
+/// Opinions that are remembered before the older half is forgotten, for each part of the memory.
+const MAX_OPINIONS: usize = 8192;
+
+/// Parts of the memory that are locked each for itself.
+const SHARDS: usize = 16;
+
+/// What of an entry could not be checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Unchecked {
+    modsig: bool,
+    evm: bool,
+}
+
+impl Unchecked {
+    /// Adds what could not be checked of another.
+    pub fn add(&mut self, other: Self) {
+        self.modsig |= other.modsig;
+        self.evm |= other.evm;
+    }
+
+    /// In words.
+    pub fn words(self) -> impl Iterator<Item = &'static str> {
+        let modsig = "appended signatures (ima-modsig) are not checked: files with one count by digest or security.ima";
+        let evm = "portable signatures of EVM are not checked: a list does not have the metadata that they sign";
+        [self.modsig.then_some(modsig), self.evm.then_some(evm)].into_iter().flatten()
+    }
+}
+
+/// What a rule says of an entry.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Opinion {
+    /// What is wrong with it.
+    pub finding: Option<Finding>,
+    /// What of it was not checked.
+    pub unchecked: Unchecked,
+}
+
+/// A rule by the content of its policy and its place there: equal ones say the same of every entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RuleId {
+    /// SHA-256 of the policy's text.
+    pub policy: Sha256,
+    /// Which rule of it: 0 the host's, then those of VMs.
+    pub rule: u32,
+}
+
+/// Opinions that took more than a look at an allow list, of all rules.
+#[derive(Debug, Default)]
+pub struct Judgements {
+    shards: [Mutex<Shard>; SHARDS],
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    newer: HashMap<Key, Arc<Opinion>>,
+    older: HashMap<Key, Arc<Opinion>>,
+}
+
+/// A rule, the entry's SHA-256, and the size of the template hash that it was read with.
+type Key = (RuleId, Sha256, usize);
+
+impl Judgements {
+    fn of(&self, key: Key, judge: impl FnOnce() -> Opinion) -> Arc<Opinion> {
+        let shard = &self.shards[usize::from(key.1.0[0]) % SHARDS];
+        // What a thread that panicked had locked is whole: every change is an insertion.
+        let lock = || shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = {
+            let mut locked = lock();
+            if let Some(known) = locked.newer.get(&key) {
+                return known.clone();
+            }
+            locked.older.remove(&key)
+        };
+        let opinion = known.unwrap_or_else(|| Arc::new(judge()));
+        let mut locked = lock();
+        if locked.newer.len() >= MAX_OPINIONS {
+            locked.older = std::mem::take(&mut locked.newer);
+        }
+        locked.newer.insert(key, opinion.clone());
+        opinion
+    }
+}
+
+/// Judges the entries of lists by one rule.
+#[derive(Debug, Clone, Copy)]
 pub struct Judge<'r> {
     rule: &'r ImaRule,
-    judged: HashMap<(usize, u32), Option<Finding>>,
-    unchecked: BTreeSet<&'static str>,
+    memory: Option<(&'r Judgements, RuleId)>,
 }
 
 impl<'r> Judge<'r> {
     /// By this rule; where it says nothing of files, only form and violations count.
     #[must_use]
     pub fn new(rule: &'r ImaRule) -> Self {
-        Self { rule, judged: HashMap::new(), unchecked: BTreeSet::new() }
+        Self { rule, memory: None }
     }
 
-    /// Judges a dictionary's entry, which must always be the same for the same hash size and index.
-    pub fn shared(&mut self, hash_size: usize, index: u32, entry: &Entry<'_>) -> Option<&Finding> {
-        let (rule, unchecked) = (self.rule, &mut self.unchecked);
-        self.judged.entry((hash_size, index)).or_insert_with(|| judge(rule, entry, unchecked)).as_ref()
-    }
-
-    /// Judges a list of distinct entries.
+    /// By this rule, which has this id; `memory` has what was judged before.
     #[must_use]
-    pub fn list(&mut self, entries: &[Entry<'_>]) -> Vec<Finding> {
-        let mut seen = HashSet::new();
-        let new = entries.iter().filter(|entry| seen.insert(entry.raw));
-        new.filter_map(|entry| judge(self.rule, entry, &mut self.unchecked)).collect()
+    pub fn remembering(rule: &'r ImaRule, id: RuleId, memory: &'r Judgements) -> Self {
+        Self { rule, memory: Some((memory, id)) }
     }
 
-    /// What of the entries so far could not be checked, in words.
-    pub fn unchecked(&self) -> impl Iterator<Item = &'static str> {
-        self.unchecked.iter().copied()
+    /// Judges an entry; none says that it is as it should be and all of it was checked. `id` gives SHA-256 of the entry as
+    /// listed.
+    #[must_use]
+    pub fn judge(&self, entry: &Entry<'_>, id: impl FnOnce() -> Sha256) -> Option<Arc<Opinion>> {
+        match entry.fields() {
+            Ok(fields) => self.judge_read(entry, &fields, entry.hash_matches(), id),
+            Err(_) => Some(Arc::new(judge(self.rule, entry))),
+        }
+    }
+
+    /// What is wrong with an entry.
+    #[must_use]
+    pub fn finding(&self, entry: &Entry<'_>) -> Option<Finding> {
+        self.judge(entry, || sha256(&[entry.raw]))?.finding.clone()
+    }
+
+    /// As [`Self::judge`], of an entry with these fields; `hash_matches` says whether its template hash is that of its data.
+    #[must_use]
+    pub fn judge_read(
+        &self,
+        entry: &Entry<'_>,
+        fields: &Fields<'_>,
+        hash_matches: bool,
+        id: impl FnOnce() -> Sha256,
+    ) -> Option<Arc<Opinion>> {
+        if hash_matches && is_listed(self.rule, entry, fields) {
+            return None;
+        }
+        let opinion = match self.memory {
+            Some((memory, rule)) => memory.of((rule, id(), entry.template_hash.len()), || judge(self.rule, entry)),
+            None => Arc::new(judge(self.rule, entry)),
+        };
+        (*opinion != Opinion::default()).then_some(opinion)
     }
 }
 
-fn judge(rule: &ImaRule, entry: &Entry<'_>, unchecked: &mut BTreeSet<&'static str>) -> Option<Finding> {
+/// Whether an entry is a file that the allow list has, and nothing else has to be looked at: what [`judge`] would say
+/// without a finding. The caller must have checked the template hash.
+fn is_listed(rule: &ImaRule, entry: &Entry<'_>, fields: &Fields<'_>) -> bool {
+    entry.pcr == IMA_PCR
+        && fields.buffer.is_none()
+        && fields.digest_kind != DigestKind::Verity
+        && rule.signed.is_empty()
+        && rule.allow.as_ref().is_some_and(|allow| allow.has(fields.path, fields.digest_alg, fields.digest))
+        && !entry.is_violation()
+}
+
+fn judge(rule: &ImaRule, entry: &Entry<'_>) -> Opinion {
+    let mut unchecked = Unchecked::default();
+    let finding = find(rule, entry, &mut unchecked);
+    Opinion { finding, unchecked }
+}
+
+fn find(rule: &ImaRule, entry: &Entry<'_>, unchecked: &mut Unchecked) -> Option<Finding> {
     let fields = match entry.fields() {
         Ok(fields) => fields,
         Err(e) => return Some(Finding::new(Code::ImaMalformed, String::from_utf8_lossy(entry.name)).actual(e)),
@@ -94,12 +226,7 @@ fn judge(rule: &ImaRule, entry: &Entry<'_>, unchecked: &mut BTreeSet<&'static st
 }
 
 /// A file is allowed by its digest, or by a good signature; where the rule wants a signature, by that alone.
-fn judge_file(
-    rule: &ImaRule,
-    path: String,
-    fields: &Fields<'_>,
-    unchecked: &mut BTreeSet<&'static str>,
-) -> Option<Finding> {
+fn judge_file(rule: &ImaRule, path: String, fields: &Fields<'_>, unchecked: &mut Unchecked) -> Option<Finding> {
     let must = rule.signed.iter().any(|pattern| pattern.fits(&path));
     let alg = match fields.digest_kind {
         DigestKind::Untold | DigestKind::File => fields.digest_alg.to_owned(),
@@ -111,13 +238,11 @@ fn judge_file(
         return None;
     }
     if !fields.modsig.is_empty() && !rule.keys.is_empty() {
-        unchecked
-            .insert("appended signatures (ima-modsig) are not checked: files with one count by digest or security.ima");
+        unchecked.modsig = true;
     }
     let signed = keys::check(&rule.keys, fields);
     if signed == Signed::Uncheckable {
-        unchecked
-            .insert("portable signatures of EVM are not checked: a list does not have the metadata that they sign");
+        unchecked.evm = true;
     }
     let actual = format!("{alg}:{}", hex::encode(fields.digest));
     match signed {

@@ -8,7 +8,10 @@ use onequote_evidence::{
     statement::{Statement, VmState},
 };
 
-use super::sessions::{Session, Sessions};
+use super::{
+    found::Notes,
+    sessions::{Session, Sessions},
+};
 use crate::{
     finding::{Code, Finding},
     policy::{Consent, HostRule},
@@ -33,21 +36,22 @@ pub fn check<'a>(
     statement: &'a Statement,
     sessions: &'a Sessions,
     rule: &HostRule,
-    notes: &mut Vec<String>,
+    notes: &mut Notes,
 ) -> (Vec<Present<'a>>, Vec<Finding>) {
     let mut findings = Vec::new();
     let mut present: BTreeMap<(onequote_evidence::id::VmId, SessionId), Present<'a>> = BTreeMap::new();
     for vm in &statement.vms {
-        let session = sessions.by_id.get(&vm.session).filter(|s| s.vm == vm.vm && !s.stopped);
+        let session = sessions.by_id.get(&vm.session).filter(|s| s.vm == vm.vm).map(|s| &**s);
         if session.is_none() {
             let finding = Finding::new(Code::VmNotInLog, format!("{} ({}), session {}", vm.name, vm.vm, vm.session));
-            let why = if sessions.by_id.contains_key(&vm.session) { "ended by the log" } else { "not in the log" };
+            let seen = sessions.by_id.contains_key(&vm.session) || sessions.ended.contains_key(&vm.session);
+            let why = if seen { "ended by the log" } else { "not in the log" };
             findings.push(finding.actual(why));
         }
         let vm_ref = VmRef { vm: vm.vm, session: vm.session };
         present.insert((vm.vm, vm.session), Present { vm: vm_ref, name: vm.name.clone(), stated: Some(vm), session });
     }
-    for (id, session) in sessions.by_id.iter().filter(|(_, s)| !s.stopped) {
+    for (id, session) in &sessions.by_id {
         let vm_ref = VmRef { vm: session.vm, session: *id };
         present.entry((session.vm, *id)).or_insert_with(|| {
             let item = format!("{} ({}), session {id}", session.name, session.vm);

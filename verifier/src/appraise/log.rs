@@ -1,8 +1,11 @@
 //! Step 8: that the measurement log is the one whose records went into the TPM.
 //!
-//! The records are replayed from the history in the first one. What comes out must be what the TPM quoted and what
-//! the host states. The part that was accepted before must still be there, and be the same: registers are chains, so
-//! that equal values after the same number of records mean equal records.
+//! The records are replayed from the history in the first one, or from where the replay stood when the last evidence
+//! was accepted. What comes out must be what the TPM quoted and what the host states. The part that was accepted before
+//! must still be there, and be the same: registers are chains, so that equal values after the same number of records
+//! mean equal records. A replay that goes on where it stood has that part by its making.
+
+use std::{collections::BTreeMap, sync::Arc};
 
 use onequote_evidence::{
     digest::HashAlg,
@@ -15,7 +18,8 @@ use onequote_evidence::{
 };
 
 use super::{
-    firmware::{self, Boot},
+    epoch::{MAX_PAST, PastGap},
+    firmware::History,
     registers::QuotedRegisters,
     state::Accepted,
 };
@@ -24,16 +28,61 @@ use crate::{
     policy::{HostRule, Pcr},
 };
 
+/// How far a log was taken in, and what later steps need of that part.
+#[derive(Debug, Clone)]
+pub struct LogProgress {
+    replay: Replay,
+    /// Bytes of the records.
+    len: u64,
+    /// Every start of a proxy, with its record.
+    starts: Arc<Vec<(u64, ProxyStart)>>,
+    /// Gaps of the host, VMs apart.
+    gaps: Arc<Vec<PastGap>>,
+}
+
 /// Events that went into the quoted registers, in order. Can be had only through [`check`].
 #[derive(Debug, Clone)]
 pub struct VerifiedLog {
     events: Vec<(u64, Event)>,
-    start: ProxyStart,
-    registers: Vec<RegisterValue>,
+    progress: LogProgress,
+}
+
+impl LogProgress {
+    /// Bytes of the log that were taken in.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is none: there always is a first record.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether it is that of a log that was accepted so.
+    #[must_use]
+    pub fn is_of(&self, accepted: &Accepted) -> bool {
+        self.replay.start().epoch == accepted.epoch
+            && self.replay.len() == accepted.records
+            && pcr::to_list(self.replay.registers()) == accepted.registers
+    }
+
+    fn take(&mut self, recnum: u64, event: &Event) {
+        match &event.body {
+            EventBody::ProxyStart(start) => Arc::make_mut(&mut self.starts).push((recnum, start.clone())),
+            EventBody::LogGap(gap) if event.vm.is_none() && self.gaps.len() < MAX_PAST => {
+                let epoch = self.replay.start().epoch.number;
+                let gap = PastGap { epoch, record: recnum, reason: gap.reason, detail: gap.detail.clone() };
+                Arc::make_mut(&mut self.gaps).push(gap);
+            }
+            _ => {}
+        }
+    }
 }
 
 impl VerifiedLog {
-    /// The events, each with the number of its record.
+    /// The events that were not taken in before, each with the number of its record.
     #[must_use]
     pub fn events(&self) -> &[(u64, Event)] {
         &self.events
@@ -42,22 +91,41 @@ impl VerifiedLog {
     /// The event that the log begins with.
     #[must_use]
     pub fn start(&self) -> &ProxyStart {
-        &self.start
+        self.progress.replay.start()
+    }
+
+    /// Every start of a proxy in the whole log, with its record.
+    #[must_use]
+    pub fn starts(&self) -> &[(u64, ProxyStart)] {
+        &self.progress.starts
+    }
+
+    /// The first gaps that the whole log tells of its host, VMs apart.
+    #[must_use]
+    pub fn gaps(&self) -> &[PastGap] {
+        &self.progress.gaps
     }
 
     /// Both registers in every bank, after the last record.
     #[must_use]
-    pub fn registers(&self) -> &[RegisterValue] {
-        &self.registers
+    pub fn registers(&self) -> Vec<RegisterValue> {
+        pcr::to_list(self.progress.replay.registers())
+    }
+
+    /// How far the log was taken in.
+    #[must_use]
+    pub fn progress(&self) -> &LogProgress {
+        &self.progress
     }
 }
 
-/// Replays `records`. The caller must trust `quoted` and `clock`, `statement` to be what the quote covers, and
-/// `accepted` to be what it stored itself.
+/// Replays `records`, which go on where `from` stands. The caller must trust `quoted` and `clock`, `statement` to be what
+/// the quote covers, and `accepted` and `from` to be what it kept itself; `from` must be [`LogProgress::is_of`] `accepted`.
 ///
 /// # Errors
 /// The finding.
 pub fn check(
+    from: Option<&LogProgress>,
     records: &[u8],
     quoted: &QuotedRegisters,
     statement: &Statement,
@@ -66,32 +134,39 @@ pub fn check(
     rule: &HostRule,
 ) -> Result<VerifiedLog, Finding> {
     let accepted = accepted.filter(|a| a.epoch == statement.epoch);
-    let mut replay: Option<Replay> = None;
+    let mut progress = from.cloned();
+    if let Some(from) = &progress {
+        check_start(from.replay.start(), statement, clock, rule)?;
+    }
     let mut events = Vec::new();
-    for record in LogReader::new(records, 0) {
+    for record in LogReader::new(records, progress.as_ref().map_or(0, |from| from.replay.len())) {
         let record = record.map_err(|e| broken(&e))?;
-        match &mut replay {
-            Some(replay) => replay.apply(&record).map_err(|e| broken(&e))?,
-            None => {
-                let begun = Replay::begin(&record).map_err(|e| broken(&e))?;
-                check_start(begun.start(), statement, clock, rule)?;
-                replay = Some(begun);
+        let progress = match &mut progress {
+            Some(progress) => {
+                progress.replay.apply(&record).map_err(|e| broken(&e))?;
+                progress
             }
-        }
+            None => {
+                let replay = Replay::begin(&record).map_err(|e| broken(&e))?;
+                check_start(replay.start(), statement, clock, rule)?;
+                progress.insert(LogProgress { replay, len: 0, starts: Arc::default(), gaps: Arc::default() })
+            }
+        };
         let content = record
             .events()
             .map_err(|e| Finding::new(Code::LogMalformed, format!("record {}", record.recnum)).actual(e))?;
         events.extend(content.into_iter().map(|event| (record.recnum, event)));
-        if let (Some(replay), Some(accepted)) = (&replay, accepted)
-            && replay.len() == accepted.records
-            && pcr::to_list(replay.registers()) != accepted.registers
+        if let Some(accepted) = accepted
+            && progress.replay.len() == accepted.records
+            && pcr::to_list(progress.replay.registers()) != accepted.registers
         {
             return Err(rolled_back(format!("records 0 to {}", accepted.records - 1), "other than before"));
         }
     }
-    let Some(replay) = replay else {
+    let Some(mut progress) = progress else {
         return Err(Finding::new(Code::LogLength, "record 0").expected(statement.log_len).actual("no record"));
     };
+    let replay = &progress.replay;
     if let Some(accepted) = accepted
         && replay.len() < accepted.records
     {
@@ -102,7 +177,7 @@ pub fn check(
         let finding = Finding::new(Code::LogLength, format!("record {first}"));
         return Err(finding.expected(format!("{} records", statement.log_len)).actual(replay.len()));
     }
-    compare(&replay, quoted, statement, accepted)?;
+    compare(replay, quoted, statement, accepted)?;
     for (recnum, event) in &events {
         if let EventBody::ProxyStart(start) = &event.body {
             check_start(start, statement, clock, rule).map_err(|mut finding| {
@@ -110,9 +185,10 @@ pub fn check(
                 finding
             })?;
         }
+        progress.take(*recnum, event);
     }
-    let registers = pcr::to_list(replay.registers());
-    Ok(VerifiedLog { events, start: replay.start().clone(), registers })
+    progress.len += records.len() as u64;
+    Ok(VerifiedLog { events, progress })
 }
 
 /// Holds the replayed registers against the quote and the statement.
@@ -196,7 +272,7 @@ pub fn check_history(
     clock: &ClockInfo,
     accepted: Option<&Accepted>,
     rule: &HostRule,
-    boot: Option<&Boot<'_>>,
+    by_firmware: &BTreeMap<u8, History>,
 ) -> Vec<Finding> {
     let same_log = accepted.filter(|a| a.epoch == start.epoch);
     let same_run = accepted.filter(|a| a.clock.reset_count == clock.reset_count);
@@ -209,18 +285,17 @@ pub fn check_history(
         let before = same_run.and_then(|a| a.registers.iter().find(|r| r.bank == item.bank && r.pcr == item.pcr));
         let goes_on = before.is_some_and(|before| before.value == item.value);
         let register = Register { bank: item.bank, pcr: item.pcr };
-        let events = boot.and_then(|boot| Some((boot, boot.history(item.pcr, &item.value.0)?)));
-        let by_stub = events.as_ref().is_some_and(|(_, events)| firmware::stub_allows(rule.firmware.as_ref(), events));
-        if zeros && boot.is_some_and(|boot| boot.log().is_extended(item.pcr)) {
+        let firmware = by_firmware.get(&item.pcr);
+        let explained = firmware.and_then(|firmware| firmware.explained.as_ref());
+        let by_stub = explained.is_some_and(|explained| explained.allowed);
+        if zeros && firmware.is_some_and(|firmware| firmware.extended) {
             let finding = Finding::new(Code::FirmwareLogReplay, format!("{register} when the measurement log began"));
             findings.push(finding.expected(&item.value).actual("extended, by the firmware's event log"));
         } else if !(zeros || by_policy || goes_on || by_stub || same_log.is_some_and(|a| a.history_accepted)) {
             let finding = Finding::new(Code::LogHistory, register.to_string()).expected("zeros");
-            findings.push(match events {
-                Some((boot, events)) => {
-                    let words = firmware::in_words(boot, &events);
-                    finding.actual(format!("{}, which the firmware's event log explains by {words}", item.value))
-                }
+            findings.push(match explained {
+                Some(explained) => finding
+                    .actual(format!("{}, which the firmware's event log explains by {}", item.value, explained.words)),
                 None => finding.actual(&item.value),
             });
         }

@@ -4,10 +4,11 @@
 //! only the step before can give, so that nothing is judged that was not shown to be the host's word:
 //!
 //! ```text
-//! stream ─ parse ─► Received ─ signature ─► Quoted ─ nonce, binding ─► Stated      (1–3)
+//! stream: head ─ signature ─► Quoted ─ nonce, binding ─► Stated = Begun            (1–3)
 //!                                  ├─ counters against the accepted state          (4)
 //!                                  └─ selection, digest ─► QuotedRegisters         (5)
-//! firmware log ─ replay ─► Boot; host IMA list ─ replay ─► HostList                 (6, 7)
+//! stream: pieces ─► Logs
+//! firmware log ─ replay ─► Outcome; host IMA list ─ replay ─► HostList              (6, 7)
 //! records ─ replay ─► VerifiedLog ─ fold ─► Sessions, expectation tree             (8)
 //! programs of proxy and QEMU ↔ HostList                                            (7, 8)
 //! guests' lists ─ replay ─► VerifiedList                                           (9)
@@ -17,11 +18,18 @@
 //!
 //! The first failed step up to 5, and a log that is not the quoted one, end the appraisal: there is nothing left to
 //! look at. Later steps collect everything that they find. State is renewed only when the evidence itself is whole.
+//!
+//! **Each step is a fold.** A replay goes on from a value; sessions and findings are added to. So there is one way for logs
+//! that come whole and for what they go on with: the same code from another start, the empty one or that of [`Kept`].
+//! Whatever cannot be decided from there, since it hangs on what was not kept or was taken in under another assumption, ends
+//! with [`WholeNeeded`] and no verdict: then the caller folds the whole from the empty start.
 
 mod changes;
 pub mod counters;
+pub mod dictionary;
 pub mod epoch;
 pub mod firmware;
+pub mod found;
 pub mod freshness;
 pub mod guests;
 pub mod host_ima;
@@ -29,7 +37,9 @@ pub mod ima;
 mod images;
 pub mod inventory;
 pub mod judge;
+pub mod kept;
 pub mod log;
+pub mod logs;
 pub mod programs;
 pub mod registers;
 pub mod sessions;
@@ -44,25 +54,34 @@ pub(crate) mod testing;
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Read,
+    sync::Arc,
+};
 
 use onequote_evidence::{
-    Malformed,
+    digest::sha256,
     id::{HostId, SessionId, TimeMs},
     statement::Statement,
-    stream::{Evidence, ReadError, Reader},
+    stream::{self, Evidence, Head, Reader},
     tpm::Public,
 };
 
 use crate::{
-    finding::{Class, Code, Finding},
+    finding::{Code, Finding},
     policy::{HostRule, Policy},
     result::{Skipped, Verdict},
 };
-use firmware::Boot;
+use dictionary::Pool;
+use firmware::{Boot, Outcome};
+use found::Findings;
 use freshness::{Freshness, Stated};
-use guests::Dictionary;
+use host_ima::{HostList, HostProgress};
+use ima::{Judge, Judgements, RuleId};
+use kept::Kept;
 use log::VerifiedLog;
+use logs::Logs;
 use registers::QuotedRegisters;
 use sessions::Sessions;
 use signature::Quoted;
@@ -71,8 +90,24 @@ use state::{Accepted, AcceptedGuest, HostState};
 /// A stream that has the right form. Nothing in it is believed yet.
 #[derive(Debug, Clone)]
 pub struct Received {
-    evidence: Evidence,
+    /// The quote and what it is about.
+    pub head: Head,
+    /// The logs.
+    pub logs: Logs,
 }
+
+/// What appraisals of many hosts share: it makes them cheaper, and no verdict another.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Distinct entries of guests' lists.
+    pub pool: Pool,
+    /// What was judged of entries.
+    pub judgements: Judgements,
+}
+
+/// What was kept does not suffice to go on: the logs are needed from their start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WholeNeeded;
 
 /// What evidence is held against.
 pub struct Context<'a> {
@@ -92,8 +127,10 @@ pub struct Context<'a> {
     pub now: TimeMs,
     /// How long a verdict holds, in milliseconds.
     pub lifetime: u64,
-    /// Whether the facts are wanted too: they take as much memory as the evidence.
+    /// Whether the facts are wanted too: they take as much memory as the evidence, and need it whole.
     pub facts: bool,
+    /// What is shared with other appraisals.
+    pub shared: &'a Shared,
 }
 
 /// What comes out.
@@ -103,6 +140,9 @@ pub struct Appraisal {
     pub verdict: Verdict,
     /// The state to keep; none when the evidence was not whole, and the state before stays.
     pub state: Option<HostState>,
+    /// Where every fold stands, for the next evidence to go on from, if there is a new state. None too where the next must
+    /// come whole, since a guest's list was not as recorded.
+    pub kept: Option<Kept>,
     /// What was shown to be measured, when that was wanted and the evidence was whole.
     pub facts: Option<Facts>,
 }
@@ -142,21 +182,17 @@ impl Received {
     /// # Errors
     /// The finding.
     pub fn read(compressed: &[u8]) -> Result<Self, Finding> {
-        Self::read_from(compressed, None)
+        Self::read_from(compressed)
     }
 
-    /// As [`Self::read`], of a stream whose logs may go on where those of `before` end.
+    /// The same, from whatever gives its bytes.
     ///
     /// # Errors
     /// The finding.
-    pub fn read_onto(compressed: &[u8], before: &Evidence) -> Result<Self, Finding> {
-        Self::read_from(compressed, Some(before))
-    }
-
-    fn read_from(compressed: &[u8], before: Option<&Evidence>) -> Result<Self, Finding> {
-        let evidence = Reader::open(compressed).and_then(|reader| Evidence::read(reader, before));
-        let finding = |e: ReadError| Finding::new(Code::EvidenceMalformed, "evidence").actual(e);
-        evidence.map(|evidence| Self { evidence }).map_err(finding)
+    pub fn read_from(source: impl Read) -> Result<Self, Finding> {
+        let reader = Reader::open(source).map_err(|e| malformed(&e))?;
+        let head = reader.head().clone();
+        Ok(Self { head, logs: Logs::collect(reader).map_err(|e| malformed(&e))? })
     }
 
     /// Reads an expanded stream.
@@ -164,163 +200,301 @@ impl Received {
     /// # Errors
     /// The finding.
     pub fn parse(expanded: &[u8]) -> Result<Self, Finding> {
-        Evidence::parse(expanded).map(|evidence| Self { evidence }).map_err(|e| malformed(&e))
+        Evidence::parse(expanded).map(Self::from).map_err(|e| malformed(&e))
     }
 
-    /// What the stream holds, to be kept.
+    /// What it holds, to be kept in memory. Its logs must be whole.
     #[must_use]
     pub fn into_evidence(self) -> Evidence {
-        self.evidence
+        let Self { head, logs: Logs { firmware, host_ima, records, dictionary, guests } } = self;
+        let (firmware, host_ima, records) = (firmware.items, host_ima.items, records.items);
+        Evidence { head, firmware, host_ima, records, dictionary: dictionary.items, guests }
     }
 
-    /// What the stream holds.
-    #[must_use]
-    pub fn evidence(&self) -> &Evidence {
-        &self.evidence
+    /// The stream of it, compressed.
+    ///
+    /// # Errors
+    /// When zstd fails, which it does only for want of memory.
+    pub fn to_stream(&self) -> std::io::Result<Vec<u8>> {
+        let mut pieces = stream::Pieces::default();
+        self.logs.push_all(&mut pieces);
+        stream::compress(&pieces.stream(self.head.clone()))
     }
 }
 
-fn malformed(e: &Malformed) -> Finding {
+impl From<Evidence> for Received {
+    fn from(evidence: Evidence) -> Self {
+        Self { head: evidence.head.clone(), logs: evidence.into() }
+    }
+}
+
+/// The finding that a stream has not the form of one.
+pub fn malformed(e: &impl std::fmt::Display) -> Finding {
     Finding::new(Code::EvidenceMalformed, "evidence").actual(e)
 }
 
-/// What steps 1 to 5 and 8 show; whatever comes after stands on it.
-struct Proven {
+/// What steps 1 to 3 show. Can be had only through [`begin`].
+#[derive(Debug, Clone)]
+pub struct Begun {
     quoted: Quoted,
     stated: Stated,
-    registers: QuotedRegisters,
-    log: VerifiedLog,
-    counters: Vec<Finding>,
+    head: Head,
+    skipped: Vec<Skipped>,
 }
 
-/// Where that ended, with what was shown before.
+/// Where appraisal ended, with what was shown before.
 struct Unproven {
     finding: Finding,
     quoted: Option<Quoted>,
     stated: Option<Stated>,
 }
 
-fn prove(
-    evidence: &Evidence,
-    context: &Context<'_>,
-    rule: &HostRule,
-    skipped: &mut Vec<Skipped>,
-) -> Result<Proven, Box<Unproven>> {
-    let fail = |finding, quoted: Option<&Quoted>, stated: Option<&Stated>| {
-        Box::new(Unproven { finding, quoted: quoted.cloned(), stated: stated.cloned() })
+/// Steps 1 to 3: whose word the quote is, and that it answers the challenge. The caller must trust everything in `context`,
+/// and nothing in `head`.
+///
+/// # Errors
+/// The appraisal, if it ends here.
+pub fn begin(head: Head, context: &Context<'_>) -> Result<Begun, Box<Appraisal>> {
+    let mut skipped = Vec::new();
+    let fail = |finding, quoted: Option<&Quoted>, stated: Option<&Stated>, skipped: &mut Vec<Skipped>| {
+        let unproven = Unproven { finding, quoted: quoted.cloned(), stated: stated.cloned() };
+        Box::new(verdict::failed(context, unproven, std::mem::take(skipped)))
     };
-    signature::check_key(context.ak).map_err(|f| fail(f, None, None))?;
-    let head = &evidence.head;
-    let quoted = signature::check(context.ak, &head.attest.0, &head.signature.0).map_err(|f| fail(f, None, None))?;
-    let stated = freshness::check(&quoted, head, context.freshness, context.now, skipped)
-        .map_err(|f| fail(f, Some(&quoted), None))?;
-    let with = |f| fail(f, Some(&quoted), Some(&stated));
-    freshness::check_host(&stated, context.host).map_err(with)?;
-    let accepted = context.state.accepted.as_ref();
-    let clock = &quoted.attest().clock;
-    let counters = accepted.map(|a| counters::check(clock, &a.clock)).unwrap_or_default();
-    let expected = registers::expected(rule.pcr_vm, rule.pcr_guest);
-    let registers = registers::check(&quoted, &head.registers, &expected).map_err(with)?;
-    let statement = stated.statement();
-    log::check_epoch(statement, clock, accepted).map_err(with)?;
-    let log = log::check(&evidence.records, &registers, statement, clock, accepted, rule).map_err(with)?;
-    Ok(Proven { quoted, stated, registers, log, counters })
+    signature::check_key(context.ak).map_err(|f| fail(f, None, None, &mut skipped))?;
+    let quoted = signature::check(context.ak, &head.attest.0, &head.signature.0);
+    let quoted = quoted.map_err(|f| fail(f, None, None, &mut skipped))?;
+    let stated = freshness::check(&quoted, &head, context.freshness, context.now, &mut skipped);
+    let stated = stated.map_err(|f| fail(f, Some(&quoted), None, &mut skipped))?;
+    freshness::check_host(&stated, context.host).map_err(|f| fail(f, Some(&quoted), Some(&stated), &mut skipped))?;
+    Ok(Begun { quoted, stated, head, skipped })
 }
 
-/// Appraises evidence. The caller must trust everything in `context`, and nothing in `received`.
+/// What steps 4, 5 and the first half of 8 show; whatever comes after stands on it.
+struct Proven {
+    registers: QuotedRegisters,
+    log: VerifiedLog,
+    counters: Vec<Finding>,
+}
+
+fn prove(
+    begun: &Begun,
+    kept: Option<&Kept>,
+    logs: &Logs,
+    context: &Context<'_>,
+    rule: &HostRule,
+) -> Result<Proven, Finding> {
+    let accepted = context.state.accepted.as_ref();
+    let clock = &begun.quoted.attest().clock;
+    let counters = accepted.map(|a| counters::check(clock, &a.clock)).unwrap_or_default();
+    let expected = registers::expected(rule.pcr_vm, rule.pcr_guest);
+    let registers = registers::check(&begun.quoted, &begun.head.registers, &expected)?;
+    let statement = begun.stated.statement();
+    log::check_epoch(statement, clock, accepted)?;
+    let from = kept.map(|kept| &kept.log);
+    let log = log::check(from, &logs.records.items, &registers, statement, clock, accepted, rule)?;
+    Ok(Proven { registers, log, counters })
+}
+
+/// Appraises evidence whose logs are whole. The caller must trust everything in `context`, and nothing in `received`.
 #[must_use]
 pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
+    match begin(received.head.clone(), context) {
+        Ok(begun) => finish(begun, &received.logs, context),
+        Err(failed) => *failed,
+    }
+}
+
+/// The steps behind [`begin`], on logs that are whole. The caller must trust everything in `context`, and nothing in `logs`.
+#[must_use]
+pub fn finish(begun: Begun, logs: &Logs, context: &Context<'_>) -> Appraisal {
+    let whole = if logs.are_whole() { run(&begun, None, logs, context) } else { Err(WholeNeeded) };
+    whole.unwrap_or_else(|WholeNeeded| {
+        let finding = malformed(&"a log does not begin at its start");
+        let Begun { quoted, stated, skipped, .. } = begun;
+        let unproven = Unproven { finding, quoted: Some(quoted), stated: Some(stated) };
+        verdict::failed(context, unproven, skipped)
+    })
+}
+
+/// The steps behind [`begin`], on what the logs go on with. The caller must trust everything in `context`, and nothing in
+/// `logs`; it must have kept `kept` itself, together with the state in `context`.
+///
+/// # Errors
+/// [`WholeNeeded`]: nothing is said of the evidence.
+pub fn go_on(begun: &Begun, kept: &Kept, logs: &Logs, context: &Context<'_>) -> Result<Appraisal, WholeNeeded> {
+    let accepted = context.state.accepted.as_ref().filter(|accepted| kept.log.is_of(accepted));
+    let same_epoch = accepted.is_some_and(|accepted| accepted.epoch == begun.stated.statement().epoch);
+    let same_policy = kept.policy == context.policy.map_or_else(|| Policy::default().id, |(policy, _)| policy.id);
+    if context.facts || !same_epoch || !same_policy || !kept.is_followed_by(logs) {
+        return Err(WholeNeeded);
+    }
+    run(begun, Some(kept), logs, context)
+}
+
+fn run(begun: &Begun, kept: Option<&Kept>, logs: &Logs, context: &Context<'_>) -> Result<Appraisal, WholeNeeded> {
     let none = Policy::default();
     let policy = context.policy.map_or(&none, |(policy, _)| policy);
-    let mut skipped = Vec::new();
-    let evidence = &received.evidence;
-    let proven = match prove(evidence, context, &policy.host, &mut skipped) {
+    let mut skipped = begun.skipped.clone();
+    let Proven { registers, log, counters } = match prove(begun, kept, logs, context, &policy.host) {
         Ok(proven) => proven,
-        Err(failed) => return verdict::failed(context, *failed, skipped),
+        Err(finding) => {
+            let (quoted, stated) = (Some(begun.quoted.clone()), Some(begun.stated.clone()));
+            return Ok(verdict::failed(context, Unproven { finding, quoted, stated }, skipped));
+        }
     };
-    let Proven { quoted, stated, registers, log, counters } = proven;
-    let statement = stated.statement();
-    let clock = quoted.attest().clock;
+    let statement = begun.stated.statement();
+    let clock = begun.quoted.attest().clock;
     let accepted = context.state.accepted.as_ref();
-    let mut host = counters;
+    let mut host = Findings::from(counters);
     let past = epoch::check(&log, statement.epoch, accepted);
+    let sessions = take_records(kept, &log, statement, context, policy)?;
 
-    let (boot, found) = firmware::check(&evidence.firmware, &registers, log.start(), &policy.host, &mut skipped);
-    host.extend(found);
+    let outcome = boot(kept, logs, &registers, &log, &policy.host)?;
+    skipped.extend(outcome.skipped.iter().filter(|skipped| skipped.check != firmware::RULES).cloned());
+    host.extend(outcome.findings.iter().cloned());
     let host_rule = &policy.host.ima;
     let demanded = host_rule.judges_files() || host_rule.judges_buffers();
-    let host_list = match host_ima::check(&evidence.host_ima, &registers, demanded, &mut skipped) {
+    let id = RuleId { policy: policy.id, rule: 0 };
+    let judge = Judge::remembering(host_rule, id, &context.shared.judgements);
+    let from = match kept {
+        Some(kept) if !programs::known(&kept.host.programs, &log, &sessions) => return Err(WholeNeeded),
+        Some(kept) => kept.host.clone(),
+        None => HostProgress::begin(programs::wanted(&log, &sessions)),
+    };
+    let judging = demanded.then_some(&judge);
+    let host_list = match host_ima::check(&from, &logs.host_ima, &registers, demanded, judging, &mut skipped) {
         Ok(list) => list,
         Err(finding) => {
             host.push(finding);
-            host_ima::HostList::default()
+            HostList::default()
         }
     };
-    let history = log::check_history(log.start(), &clock, accepted, &policy.host, boot.as_ref());
+    let history = log::check_history(log.start(), &clock, accepted, &policy.host, &outcome.history);
     let history_accepted = history.is_empty();
     host.extend(history);
-
-    let names = statement.vms.iter().map(|vm| (vm.session, vm.name.clone())).collect();
-    let mut sessions = sessions::fold(&log, context.state.base_for(statement.epoch), &names, policy);
-    host.append(&mut sessions.findings);
-    host.extend(programs::check(&host_list, &log, &mut sessions, &policy.host, &mut skipped));
-    let mut notes = std::mem::take(&mut sessions.notes);
+    host.append(&sessions.findings);
+    let unlisted = programs::check(&host_list, &log, &sessions, &policy.host, &judge, &mut skipped);
+    host.extend(unlisted.host);
+    let mut notes = sessions.notes.clone();
     host.extend(past.iter().filter_map(|gap| sessions::past_gap_finding(gap, policy, &mut notes)));
-    let mut dictionary = Dictionary::new(&evidence.dictionary);
-    let mut guests = guests::check(statement, &sessions, &evidence.guests, &mut dictionary, &context.state.guests);
-    host.append(&mut guests.host_findings);
+    let mut dictionary = kept.map(|kept| kept.dictionary.clone()).unwrap_or_default();
+    dictionary.extend(&context.shared.pool, &logs.dictionary.items);
+    let no_lists = BTreeMap::new();
+    let lists = kept.map_or(&no_lists, |kept| &kept.lists);
+    let mut guests = guests::check(statement, &sessions, lists, &logs.guests, &dictionary, &context.state.guests)?;
+    host.extend(std::mem::take(&mut guests.host_findings));
     let (present, inventory) = inventory::check(statement, &sessions, &policy.host, &mut notes);
     host.extend(inventory);
 
-    let authentic = host.iter().all(|finding| finding.code.class() != Class::Evidence);
+    let authentic = host.is_authentic();
     if context.policy.is_none() {
         let id = &statement.host;
         host.push(Finding::new(Code::HostWithoutPolicy, id.as_str()));
     }
-    match &policy.host.firmware {
-        Some(rule) => host.extend(firmware::judge(rule, boot.as_ref(), &mut notes)),
-        None if boot.is_some() => {
-            skipped.push(Skipped::new("firmware-rules", "the policy has no rules about the boot ([host.firmware])"));
-        }
-        None => {}
-    }
+    host.extend(outcome.judged.iter().cloned());
+    notes.extend(outcome.notes.iter().cloned());
+    skipped.extend(outcome.skipped.iter().filter(|skipped| skipped.check == firmware::RULES).cloned());
     host.extend(judge::host(&policy.host, &registers, context.software_tpm, &mut skipped));
     if demanded {
-        let mut judge = ima::Judge::new(host_rule);
-        host.extend(judge.list(host_list.to_judge()));
-        skipped.extend(judge.unchecked().map(|what| Skipped::new("host-ima", what)));
+        host.extend(host_list.findings());
+        skipped.extend(host_list.unchecked().words().map(|what| Skipped::new("host-ima", what)));
     }
-    if !host_rule.judges_files() && !host_list.entries.is_empty() {
+    if !host_rule.judges_files() && !host_list.is_empty() {
         skipped.push(Skipped::new("host-ima", "the policy has no allow list for the host"));
     }
-    let vms = verdict::vms(&present, &sessions.tree, policy, &mut dictionary, &guests, &mut skipped);
+    let shown = verdict::Shown {
+        present: &present,
+        tree: &sessions.tree,
+        unlisted: &unlisted.sessions,
+        guests: &guests,
+        dictionary: &dictionary,
+    };
+    let (vms, lists) = shown.judge(context, policy, &mut skipped)?;
 
     let state = authentic.then(|| HostState {
         accepted: Some(Accepted {
             epoch: statement.epoch,
             records: statement.log_len,
-            registers: log.registers().to_vec(),
+            registers: log.registers(),
             history_accepted,
             clock,
             boot_id: Some(epoch::last_boot(&log)),
-            gaps: epoch::told(&log),
+            gaps: log.gaps().to_vec(),
             past_gaps: past,
         }),
         base: context.state.base_for(statement.epoch),
         tree: sessions.tree.clone(),
         guests: accepted_guests(&guests, &context.state.guests, statement),
     });
-    let verdict = verdict::whole(context, &quoted, statement, host, vms, skipped, notes);
+    let verdict = verdict::whole(context, begun.quoted.attest(), statement, host, vms, skipped, notes);
     let facts = (authentic && context.facts).then(|| Facts {
         statement: statement.clone(),
         registers,
-        entries: verdict::entries(&guests, &mut dictionary),
-        firmware: boot.as_ref().map(|boot| (evidence.firmware.clone(), boot.explained().clone())),
-        host_entries: host_list.to_judge().iter().map(|entry| entry.raw.to_vec()).collect(),
-        log,
-        sessions,
+        entries: verdict::entries(&guests, &dictionary),
+        firmware: outcome.readable.then(|| (logs.firmware.items.clone(), outcome.explained.clone())),
+        host_entries: host_list.entries(&logs.host_ima.items),
+        log: log.clone(),
+        sessions: Sessions::clone(&sessions),
     });
-    Appraisal { verdict, state, facts }
+    let kept = (authentic && guests.findings.is_empty()).then(|| Kept {
+        statement: sha256(&[&begun.head.statement.0]),
+        policy: policy.id,
+        log: log.progress().clone(),
+        firmware: outcome,
+        host: host_list.progress().clone(),
+        sessions: hold(&guests, sessions.clone()),
+        dictionary: dictionary.clone(),
+        lists,
+    });
+    Ok(Appraisal { verdict, state, kept, facts })
+}
+
+/// Second half of step 8: what the log says of VMs.
+fn take_records(
+    kept: Option<&Kept>,
+    log: &VerifiedLog,
+    statement: &Statement,
+    context: &Context<'_>,
+    policy: &Policy,
+) -> Result<Arc<Sessions>, WholeNeeded> {
+    let names = statement.vms.iter().map(|vm| (vm.session, vm.name.as_str())).collect();
+    let mut sessions = match kept {
+        Some(kept) if !kept.sessions.fit(&names) => return Err(WholeNeeded),
+        Some(kept) => kept.sessions.clone(),
+        None => Arc::new(Sessions::begin(context.state.base_for(statement.epoch))),
+    };
+    if !log.events().is_empty() {
+        Arc::make_mut(&mut sessions).take(log, &names, policy);
+    }
+    Ok(sessions)
+}
+
+/// Step 6, and the rules about it: as it was, if nothing that it hangs on is another.
+fn boot(
+    kept: Option<&Kept>,
+    logs: &Logs,
+    registers: &QuotedRegisters,
+    log: &VerifiedLog,
+    rule: &HostRule,
+) -> Result<Arc<Outcome>, WholeNeeded> {
+    match kept {
+        None => Ok(Arc::new(Outcome::of(&logs.firmware.items, registers, log.start(), rule))),
+        Some(kept) if logs.firmware.items.is_empty() && kept.firmware.holds_for(registers, log.start()) => {
+            Ok(kept.firmware.clone())
+        }
+        Some(_) => Err(WholeNeeded),
+    }
+}
+
+/// Notes that every list was held against its records.
+fn hold(guests: &guests::Guests<'_>, mut sessions: Arc<Sessions>) -> Arc<Sessions> {
+    for list in &guests.lists {
+        if sessions.is_held(list.session, list.boot) {
+            continue;
+        }
+        Arc::make_mut(&mut sessions).hold(list.session, list.boot);
+    }
+    sessions
 }
 
 /// Lists that were true this time, and what was accepted of those that were not.
@@ -329,14 +503,13 @@ fn accepted_guests(guests: &guests::Guests<'_>, before: &[AcceptedGuest], statem
         .map(|list| AcceptedGuest {
             session: list.session,
             boot: list.boot,
-            count: list.entries.len() as u64,
-            aggregate: list.aggregate,
+            count: list.aggregate.count,
+            aggregate: list.aggregate.value,
         })
         .collect();
-    for old in before.iter().filter(|old| statement.vms.iter().any(|vm| vm.session == old.session)) {
-        if !accepted.iter().any(|new| new.session == old.session && new.boot == old.boot) {
-            accepted.push(old.clone());
-        }
-    }
+    let now: BTreeSet<(SessionId, u32)> = accepted.iter().map(|new| (new.session, new.boot)).collect();
+    let there: BTreeSet<SessionId> = statement.vms.iter().map(|vm| vm.session).collect();
+    let still = |old: &&AcceptedGuest| there.contains(&old.session) && !now.contains(&(old.session, old.boot));
+    accepted.extend(before.iter().filter(still).cloned());
     accepted
 }

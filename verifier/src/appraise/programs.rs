@@ -5,16 +5,25 @@
 //! log names them. What the list cannot show is an order: a program that was there before and comes back is not
 //! listed again. Any other content at the proxy's path is therefore held against it, whenever that was.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-use onequote_evidence::{
-    digest::{FileDigest, FileDigestAlg, HashAlg},
-    event::{EventBody, ProxyStart, Role},
-    id::Sha256,
-    ima::{DigestKind, Entry},
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
 };
 
-use super::{host_ima::HostList, ima::Judge, log::VerifiedLog, sessions::Sessions};
+use onequote_evidence::{
+    digest::{FileDigest, FileDigestAlg, sha256},
+    event::{Component, ProxyStart, Role},
+    id::{SessionId, Sha256},
+    ima::{Entry, SHA1_HASH_SIZE},
+};
+
+use super::{
+    host_ima::{HostList, Programs},
+    ima::Judge,
+    log::VerifiedLog,
+    sessions::{Session, Sessions},
+};
 use crate::{
     finding::{Code, Finding},
     policy::{Allowed, Consent, HostRule},
@@ -24,87 +33,102 @@ use crate::{
 /// What the kernel puts behind the path of a program whose file has another name now, or none.
 const DELETED: &str = " (deleted)";
 
-/// The files of a host's list with a SHA-256 digest of their bytes.
-#[derive(Default)]
-struct Listed<'a> {
-    by_path: HashMap<&'a [u8], Vec<(Sha256, &'a Entry<'a>)>>,
-    by_digest: HashMap<Sha256, &'a [u8]>,
+/// The programs that log and sessions name, as a list has them.
+fn named<'a>(log: &'a VerifiedLog, sessions: &'a Sessions) -> impl Iterator<Item = (Cow<'a, str>, Sha256)> {
+    let proxies = log.starts().iter().filter_map(|(_, start)| program(start));
+    let qemus = sessions.by_id.values().flat_map(|session| qemus(session));
+    proxies
+        .chain(qemus.map(|component| (as_listed(&component.path), component.digest)))
+        .map(|(path, d)| (path, d.value))
 }
 
+fn qemus(session: &Session) -> impl Iterator<Item = &Component> {
+    let components = session.start.iter().flat_map(|start| &start.components);
+    components.filter(|c| c.role == Role::QemuBinary && c.digest.alg == FileDigestAlg::Sha256)
+}
+
+/// What to look for in a host's list, which is at hand from its start.
+#[must_use]
+pub fn wanted(log: &VerifiedLog, sessions: &Sessions) -> Programs {
+    let named: BTreeSet<(Cow<'_, str>, Sha256)> = named(log, sessions).collect();
+    Programs::wanted(named.iter().map(|(path, digest)| (&**path, *digest)))
+}
+
+/// Whether all that is asked for now was looked for.
+#[must_use]
+pub fn known(programs: &Programs, log: &VerifiedLog, sessions: &Sessions) -> bool {
+    named(log, sessions).all(|(path, digest)| programs.knows(&path, &digest))
+}
+
+/// What was found of the programs in a list.
+#[derive(Clone, Copy)]
+struct Listed<'a>(&'a Programs);
+
 impl<'a> Listed<'a> {
-    fn new(entries: &'a [Entry<'a>]) -> Self {
-        let mut listed = Self::default();
-        for entry in entries.iter().filter(|entry| !entry.is_violation()) {
-            let Ok(fields) = entry.fields() else { continue };
-            let of_bytes = fields.digest_kind != DigestKind::Verity && fields.buffer.is_none();
-            let digest = fields.digest.try_into().map(Sha256);
-            if let Ok(digest) = digest
-                && of_bytes
-                && fields.digest_alg == HashAlg::Sha256.name()
-            {
-                listed.by_path.entry(fields.path).or_default().push((digest, entry));
-                listed.by_digest.entry(digest).or_insert(fields.path);
-            }
-        }
-        listed
+    fn at(self, path: &str) -> &'a [(Sha256, Arc<[u8]>)] {
+        self.0.by_path.get(path.as_bytes()).map(Vec::as_slice).unwrap_or_default()
     }
 
-    fn at(&self, path: &str) -> &[(Sha256, &'a Entry<'a>)] {
-        self.by_path.get(path.as_bytes()).map(Vec::as_slice).unwrap_or_default()
-    }
-
-    fn has(&self, path: &str, digest: &FileDigest) -> bool {
+    fn has(self, path: &str, digest: &FileDigest) -> bool {
         self.at(path).iter().any(|(listed, _)| *listed == digest.value)
     }
 
     /// The finding that a program is not there.
-    fn missing(&self, code: Code, item: String, path: &str, digest: &FileDigest) -> Finding {
+    fn missing(self, code: Code, item: String, path: &str, digest: &FileDigest) -> Finding {
         let finding = Finding::new(code, item).actual(format!("{path}, {digest}"));
         let there: Vec<String> = self.at(path).iter().map(|(value, _)| format!("sha256:{value}")).collect();
-        match (there.is_empty(), self.by_digest.get(&digest.value)) {
+        match (there.is_empty(), self.0.by_digest.get(&digest.value)) {
             (false, _) => finding.expected(format!("there: {}", there.join(", "))),
-            (true, Some(other)) => finding.expected(format!("the same content as {}", String::from_utf8_lossy(other))),
-            (true, None) => finding,
+            (true, Some(Some(other))) => {
+                finding.expected(format!("the same content as {}", String::from_utf8_lossy(other)))
+            }
+            (true, _) => finding,
         }
     }
 }
 
-/// Checks the proxy's and all QEMUs' programs. Findings about VMs go to their sessions. The caller must trust list and
-/// log.
+/// What is wrong with programs.
+#[derive(Debug, Default)]
+pub struct Unlisted {
+    /// Findings about the host.
+    pub host: Vec<Finding>,
+    /// By QEMU process.
+    pub sessions: BTreeMap<SessionId, Vec<Finding>>,
+}
+
+/// Checks the proxy's and all QEMUs' programs. The caller must trust list and log, and the list's programs must be
+/// [`known`].
 #[must_use]
 pub fn check(
-    list: &HostList<'_>,
+    list: &HostList,
     log: &VerifiedLog,
-    sessions: &mut Sessions,
+    sessions: &Sessions,
     rule: &HostRule,
+    judge: &Judge<'_>,
     skipped: &mut Vec<Skipped>,
-) -> Vec<Finding> {
-    let mut starts: Vec<(u64, &ProxyStart)> = Vec::new();
-    for (recnum, event) in log.events() {
-        if let EventBody::ProxyStart(start) = &event.body {
-            starts.push((*recnum, start));
-        }
-    }
-    let mut findings: Vec<Finding> =
-        starts.iter().filter_map(|(recnum, start)| not_allowed(*recnum, start, rule)).collect();
+) -> Unlisted {
+    let starts = log.starts();
+    let mut out = Unlisted::default();
+    out.host.extend(starts.iter().filter_map(|(recnum, start)| not_allowed(*recnum, start, rule)));
     // That there is none, or none that can be believed, was said before.
-    if list.entries.is_empty() {
-        return findings;
+    if list.is_empty() {
+        return out;
     }
-    let listed = Listed::new(&list.entries);
-    if listed.by_path.is_empty() {
+    let programs = &list.progress().programs;
+    if !programs.any {
         let why = "the host's list has no SHA-256 digests: the programs of proxy and QEMU are not held against it";
         skipped.push(Skipped::new("host-programs", why));
-        return findings;
+        return out;
     }
+    let listed = Listed(programs);
     if rule.unlisted_programs == Consent::Allowed {
         skipped.push(Skipped::new("host-programs", "the policy allows programs that the host's list does not have"));
     } else {
-        findings.extend(unlisted_proxies(&listed, &starts));
-        unlisted_qemus(&listed, sessions);
+        out.host.extend(unlisted_proxies(listed, starts));
+        out.sessions = unlisted_qemus(listed, sessions);
     }
-    findings.extend(replaced(&listed, &starts, rule));
-    findings
+    out.host.extend(replaced(listed, starts, rule, judge));
+    out
 }
 
 /// A start of a proxy that the policy does not allow.
@@ -117,7 +141,7 @@ fn not_allowed(recnum: u64, start: &ProxyStart, rule: &HostRule) -> Option<Findi
     Some(finding.actual(start.binary.map_or_else(|| "not named".to_owned(), |binary| binary.to_string())))
 }
 
-fn unlisted_proxies(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)]) -> Vec<Finding> {
+fn unlisted_proxies(listed: Listed<'_>, starts: &[(u64, ProxyStart)]) -> Vec<Finding> {
     let mut seen = BTreeSet::new();
     let unlisted = starts.iter().filter_map(|(recnum, start)| {
         let item = format!("proxy-start in record {recnum}");
@@ -132,39 +156,44 @@ fn unlisted_proxies(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)]) -> Vec<F
     unlisted.collect()
 }
 
-fn unlisted_qemus(listed: &Listed<'_>, sessions: &mut Sessions) {
-    for session in sessions.by_id.values_mut() {
-        let Some(start) = &session.start else { continue };
-        for program in start.components.iter().filter(|component| component.role == Role::QemuBinary) {
+fn unlisted_qemus(listed: Listed<'_>, sessions: &Sessions) -> BTreeMap<SessionId, Vec<Finding>> {
+    let mut out: BTreeMap<SessionId, Vec<Finding>> = BTreeMap::new();
+    for (id, session) in &sessions.by_id {
+        for program in qemus(session) {
             let path = as_listed(&program.path);
-            if program.digest.alg == FileDigestAlg::Sha256 && !listed.has(&path, &program.digest) {
+            if !listed.has(&path, &program.digest) {
                 let finding = listed.missing(Code::QemuUnlisted, Role::QemuBinary.to_string(), &path, &program.digest);
-                session.findings.push(finding);
+                out.entry(*id).or_default().push(finding);
             }
         }
     }
+    out
 }
 
 /// More than one program in the proxy's place, in list or log, where the policy does not allow them all.
-fn replaced(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)], rule: &HostRule) -> Vec<Finding> {
-    let Some(now) = starts.last().and_then(|(_, start)| program(start)) else { return Vec::new() };
+fn replaced(listed: Listed<'_>, starts: &[(u64, ProxyStart)], rule: &HostRule, judge: &Judge<'_>) -> Vec<Finding> {
+    let owned = |(path, digest): (Cow<'_, str>, FileDigest)| (path.into_owned(), digest);
+    let Some(now) = starts.last().and_then(|(_, start)| program(start)).map(owned) else { return Vec::new() };
     let mut seen: BTreeMap<(String, FileDigest), String> = BTreeMap::new();
     for (digest, _) in listed.at(&now.0) {
         seen.insert((now.0.clone(), FileDigest::sha256(*digest)), now.0.clone());
     }
     for (recnum, start) in starts {
         if let Some(program) = program(start) {
-            seen.entry(program).or_insert_with(|| format!("proxy-start in record {recnum}"));
+            seen.entry(owned(program)).or_insert_with(|| format!("proxy-start in record {recnum}"));
         }
     }
     if seen.len() < 2 {
         return Vec::new();
     }
-    let mut judge = Judge::new(&rule.ima);
-    let mut allowed = |(path, digest): &(String, FileDigest)| {
+    let passes = |raw: &[u8]| {
+        let entry = Entry::parse(raw, SHA1_HASH_SIZE).ok();
+        entry.is_some_and(|entry| judge.judge(&entry, || sha256(&[raw])).is_none_or(|o| o.finding.is_none()))
+    };
+    let allowed = |(path, digest): &(String, FileDigest)| {
         let named = matches!(&rule.proxy, Allowed::Digests(list) if list.iter().any(|one| one.digest == *digest));
         let entry = listed.at(path).iter().find(|(listed, _)| *listed == digest.value);
-        named || rule.ima.judges_files() && entry.is_some_and(|(_, entry)| judge.list(&[**entry]).is_empty())
+        named || rule.ima.judges_files() && entry.is_some_and(|(_, raw)| passes(raw))
     };
     let show = |(path, digest): &(String, FileDigest)| format!("{path}, {digest}");
     let mut unknown: Vec<_> = seen.iter().filter(|(program, _)| !allowed(program)).collect();
@@ -180,12 +209,13 @@ fn replaced(listed: &Listed<'_>, starts: &[(u64, &ProxyStart)], rule: &HostRule)
 }
 
 /// Path and digest of a proxy's program, as IMA would list them.
-fn program(start: &ProxyStart) -> Option<(String, FileDigest)> {
+fn program(start: &ProxyStart) -> Option<(Cow<'_, str>, FileDigest)> {
     let binary = start.binary.filter(|binary| binary.alg == FileDigestAlg::Sha256)?;
     Some((as_listed(start.path.as_deref()?), binary))
 }
 
 /// A program's path as IMA lists it: an underscore for each space.
-fn as_listed(path: &str) -> String {
-    path.strip_suffix(DELETED).unwrap_or(path).replace(' ', "_")
+fn as_listed(path: &str) -> Cow<'_, str> {
+    let path = path.strip_suffix(DELETED).unwrap_or(path);
+    if path.contains(' ') { path.replace(' ', "_").into() } else { path.into() }
 }

@@ -1,24 +1,23 @@
 //! What the log says of each VM: its QEMU processes, what they started from, how they ended.
 //!
-//! Events are taken in order, onto the expectation tree as it was when the epoch began. What comes out are the
-//! sessions with everything that judging them needs, the tree as it is now, and findings about history: those need no
-//! policy except for images, whose rule says whether digests or continuity count.
+//! Events are taken in order, onto the expectation tree as it was when the epoch began, or onto what the events before
+//! them gave. What comes out are the sessions with everything that judging them needs, the tree as it is now, and
+//! findings about history: those need no policy except for images, whose rule says whether digests or continuity count.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use onequote_evidence::{
-    cbor,
     event::{
         Component, Event, EventBody, GapReason, GuestEntries, GuestHello, GuestOverflow, GuestRewind, HowRead, Image,
         LogGap, RefuseCause, VmCreate, VmDelete, VmRef, VmRefuse, VmStart,
     },
-    id::{Blob, SessionId, VmId},
-    record,
+    id::{SessionId, VmId},
 };
 
 use super::{
     changes,
     epoch::PastGap,
+    found::{Findings, Notes},
     images,
     log::VerifiedLog,
     state::{ImageStatus, KnownSession, Place, Tree, VmExpectation},
@@ -29,7 +28,7 @@ use crate::{
     result::MAX_FINDINGS,
 };
 
-/// One QEMU process, as far as the log tells.
+/// One QEMU process that has not ended, as far as the log tells.
 #[derive(Debug, Clone)]
 pub struct Session {
     /// The VM.
@@ -37,15 +36,13 @@ pub struct Session {
     /// Its name, as far as it is known.
     pub name: String,
     /// What it started from, measured before it ran or else when it was first seen.
-    pub start: Option<VmStart>,
+    pub start: Option<Arc<VmStart>>,
     /// Whether that was measured before it ran.
     pub before: bool,
     /// Other ways to command its QEMU than the proxy's monitor, when it was first seen.
     pub monitors: Vec<String>,
     /// Why it was not let run.
-    pub refused: Option<VmRefuse>,
-    /// Whether it has ended.
-    pub stopped: bool,
+    pub refused: Option<Box<VmRefuse>>,
     /// Whether it was there before this epoch's log.
     pub older: bool,
     /// How often in this epoch its guest can have begun a new boot: resets, and gaps that may hide one.
@@ -53,49 +50,116 @@ pub struct Session {
     /// The record of the proxy's last start since which this VM was neither measured again nor ended.
     pub unseen_since: Option<u64>,
     /// Its guest's boots.
-    pub boots: BTreeMap<u32, Boot>,
+    pub boots: Boots,
     /// What the log itself shows to be wrong with it.
-    pub findings: Vec<Finding>,
+    pub findings: Findings,
 }
+
+/// Boots of a guest, in ascending order.
+#[derive(Debug, Clone, Default)]
+pub struct Boots(Vec<(u32, Boot)>);
 
 /// One boot of a guest, as the log tells it.
 #[derive(Debug, Clone, Default)]
 pub struct Boot {
     /// Size of the template hash in its list, in bytes; none when no shim said hello in this epoch.
-    pub hash_size: Option<usize>,
-    /// The records of its entries: number of the record, and the event.
+    pub hash_size: Option<u32>,
+    /// The records of its entries that its list was not held against yet: number of the record, and the event.
     pub recorded: Vec<(u64, GuestEntries)>,
+    /// The last record that its list was held against, and the number of entries after it.
+    pub held: Option<(u64, u64)>,
 }
 
-/// All that the log says.
+impl Boots {
+    /// One of them.
+    #[must_use]
+    pub fn get(&self, boot: u32) -> Option<&Boot> {
+        self.0.binary_search_by_key(&boot, |(number, _)| *number).ok().map(|at| &self.0[at].1)
+    }
+
+    /// All, each with its number.
+    pub fn iter(&self) -> impl Iterator<Item = &(u32, Boot)> {
+        self.0.iter()
+    }
+
+    /// One of them, begun if it is not there.
+    pub fn entry(&mut self, boot: u32) -> &mut Boot {
+        let at = self.0.binary_search_by_key(&boot, |(number, _)| *number).unwrap_or_else(|at| {
+            self.0.insert(at, (boot, Boot::default()));
+            at
+        });
+        &mut self.0[at].1
+    }
+}
+
+/// All that the log says, as far as it was taken in.
 #[derive(Debug, Clone, Default)]
 pub struct Sessions {
-    /// By QEMU process.
-    pub by_id: BTreeMap<SessionId, Session>,
+    /// QEMU processes that have not ended.
+    pub by_id: BTreeMap<SessionId, Arc<Session>>,
+    /// Those that have, with their VMs.
+    pub ended: Arc<BTreeMap<SessionId, VmId>>,
     /// The expectations after the log.
     pub tree: Tree,
     /// Findings about the host.
-    pub findings: Vec<Finding>,
+    pub findings: Findings,
     /// For the operator.
-    pub notes: Vec<String>,
+    pub notes: Notes,
+    /// Names that were taken from a statement, since the log did not tell them: of which processes, and what the
+    /// statement said. Another statement may say otherwise.
+    assumed: BTreeMap<SessionId, Option<String>>,
 }
 
-/// Takes in a whole log. The caller must trust it, and must have kept `base` itself. `names` are the VMs' names as
-/// the host states them now.
-#[must_use]
-pub fn fold(log: &VerifiedLog, base: Tree, names: &BTreeMap<SessionId, String>, policy: &Policy) -> Sessions {
-    let epoch = log.start().epoch.number;
-    let mut fold = Fold { out: Sessions { tree: base, ..Sessions::default() }, names, policy, epoch };
-    for (recnum, event) in log.events() {
-        fold.take(*recnum, event);
+impl Sessions {
+    /// Before the first record of an epoch's log. The caller must have kept `base` itself.
+    #[must_use]
+    pub fn begin(base: Tree) -> Self {
+        Self { tree: base, ..Self::default() }
     }
-    fold.keep_findings();
-    fold.out
+
+    /// Whether what was taken in so far would be the same with these names of VMs.
+    #[must_use]
+    pub fn fit(&self, names: &BTreeMap<SessionId, &str>) -> bool {
+        self.assumed.iter().all(|(session, name)| names.get(session).copied() == name.as_deref())
+    }
+
+    /// Takes in what the log goes on with. The caller must trust it. `names` are the VMs' names as the host states them
+    /// now, and must [`Self::fit`].
+    pub fn take(&mut self, log: &VerifiedLog, names: &BTreeMap<SessionId, &str>, policy: &Policy) {
+        let mut fold = Fold { out: self, names, policy, epoch: log.start().epoch.number };
+        for (recnum, event) in log.events() {
+            fold.take(*recnum, event);
+        }
+        fold.keep_findings();
+    }
+
+    /// Whether a list was held against every record of a boot.
+    #[must_use]
+    pub fn is_held(&self, session: SessionId, boot: u32) -> bool {
+        self.by_id.get(&session).and_then(|s| s.boots.get(boot)).is_none_or(|boot| boot.recorded.is_empty())
+    }
+
+    /// Notes that it was.
+    pub fn hold(&mut self, session: SessionId, boot: u32) {
+        let Some(session) = self.by_id.get_mut(&session) else { return };
+        let boot = Arc::make_mut(session).boots.entry(boot);
+        if let Some((recnum, last)) = boot.recorded.last() {
+            boot.held = Some((*recnum, last.first.saturating_add(last.count)));
+        }
+        boot.recorded = Vec::new();
+    }
+
+    /// About how much memory it takes, in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        // A session's own, and what is usual for its start and images, in it and in the tree.
+        self.by_id.len() * (size_of::<Session>() + 4096) + self.ended.len() * 48 + self.tree.vms.len() * 1024
+    }
 }
 
 struct Fold<'a> {
-    out: Sessions,
-    names: &'a BTreeMap<SessionId, String>,
+    out: &'a mut Sessions,
+    names: &'a BTreeMap<SessionId, &'a str>,
     policy: &'a Policy,
     /// The number of the log's epoch.
     epoch: u64,
@@ -108,48 +172,62 @@ impl Fold<'_> {
         if let EventBody::VmDelete(delete) = &event.body {
             return self.delete(vm, delete, &by);
         }
-        self.open(vm);
-        if let EventBody::VmCreate(create) = &event.body {
-            return self.create(vm, create, &by);
+        let ended = self.open(vm);
+        self.take_vm(recnum, vm, &event.body, &by);
+        if ended {
+            // What comes after the end changes what is expected of images, and nothing else.
+            self.out.by_id.remove(&vm.session);
         }
-        let name = self.out.by_id.get(&vm.session).map(|s| s.name.clone()).unwrap_or_default();
+    }
+
+    fn take_vm(&mut self, recnum: u64, vm: VmRef, body: &EventBody, by: &Place) {
+        if let EventBody::VmCreate(create) = body {
+            return self.create(vm, create, by);
+        }
         let policy = self.policy;
+        let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        if body.is_guest() {
+            return guest_event(session, recnum, body);
+        }
+        let name = session.name.clone();
         let rule = policy.rule(&name, vm.vm).map(|(_, rule)| rule);
-        match &event.body {
-            EventBody::VmStart(start) => self.start(vm, start, rule, &by),
+        match body {
+            EventBody::VmStart(start) => self.start(vm, start, rule, by),
             EventBody::VmAttach(attach) => {
                 let start = VmStart { components: attach.components.clone(), images: attach.images.clone() };
-                self.attach(vm, start, attach.again, rule, &by);
+                self.attach(vm, start, attach.again, rule, by);
             }
+            EventBody::VmStop(stop) => {
+                let tree = self.out.tree.vm_mut(vm.vm);
+                tree.session = None;
+                images::stop(tree, vm.session, stop, by);
+                let partly = stop.read.iter().filter(|read| read.how == HowRead::Changed);
+                self.out.notes.extend(partly.map(|read| {
+                    format!(
+                        "record {recnum}: {name} left {} with a digest made by reading {} bytes that its QEMU said had \
+                         changed; the next start reads all",
+                        read.slot, read.bytes
+                    )
+                }));
+                self.out.by_id.remove(&vm.session);
+                Arc::make_mut(&mut self.out.ended).insert(vm.session, vm.vm);
+            }
+            EventBody::VmPause(_) | EventBody::VmResume(_) => {}
             body => {
-                let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
-                let tree = self.out.tree.vms.entry(vm.vm).or_default();
+                let session = Arc::make_mut(session);
                 match body {
-                    EventBody::VmStop(stop) => {
-                        session.stopped = true;
-                        session.unseen_since = None;
-                        tree.session = None;
-                        images::stop(tree, vm.session, stop, &by);
-                        let partly = stop.read.iter().filter(|read| read.how == HowRead::Changed);
-                        self.out.notes.extend(partly.map(|read| {
-                            format!(
-                                "record {recnum}: {name} left {} with a digest made by reading {} bytes that its QEMU said had \
-                                 changed; the next start reads all",
-                                read.slot, read.bytes
-                            )
-                        }));
-                    }
-                    EventBody::VmRefuse(refuse) => session.refused = Some(refuse.clone()),
+                    EventBody::VmRefuse(refuse) => session.refused = Some(Box::new(refuse.clone())),
                     EventBody::VmReset(_) => session.reboots += 1,
                     EventBody::LogGap(gap) => {
                         session.reboots += 1;
                         session.findings.extend(gap_finding(recnum, gap, policy, &mut self.out.notes));
                     }
                     EventBody::Unknown { kind, .. } => session.findings.push(unknown(recnum, kind)),
-                    EventBody::VmPause(_) | EventBody::VmResume(_) | EventBody::GuestLost(_) => {}
                     other => {
-                        if !changes::take(session, tree, other, rule, &by, &mut self.out.notes) {
-                            guest_event(session, recnum, other);
+                        let tree = self.out.tree.vm_mut(vm.vm);
+                        if !changes::take(session, tree, other, rule, by, &mut self.out.notes) {
+                            // An event of the host cannot be about a VM.
+                            session.findings.push(unknown(recnum, &format!("{} with a VM", other.kind())));
                         }
                     }
                 }
@@ -160,7 +238,9 @@ impl Fold<'_> {
     fn create(&mut self, vm: VmRef, create: &VmCreate, by: &Place) {
         self.vm(vm.vm).name.clone_from(&create.name);
         let rule = self.policy.rule(&create.name, vm.vm).map(|(_, rule)| rule);
+        self.out.assumed.remove(&vm.session);
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        let session = Arc::make_mut(session);
         session.name.clone_from(&create.name);
         session.monitors.clone_from(&create.monitors);
         for monitor in &create.monitors {
@@ -170,7 +250,7 @@ impl Fold<'_> {
 
     /// A deletion speaks of a VM that has stopped, maybe in an epoch before this one.
     fn delete(&mut self, vm: VmRef, delete: &VmDelete, by: &Place) {
-        let runs = self.out.by_id.iter().any(|(_, session)| session.vm == vm.vm && !session.stopped);
+        let runs = self.out.by_id.values().any(|session| session.vm == vm.vm);
         if runs {
             let finding = Finding::new(Code::VmNotInLog, format!("{} (record {})", delete.name, by.record));
             return self.out.findings.push(finding.expected("a VM that has stopped").actual("deleted while it ran"));
@@ -189,12 +269,11 @@ impl Fold<'_> {
                 self.out.notes.push(note);
             }
             EventBody::ProxyStart(start) if recnum > 0 => {
-                for session in self.out.by_id.values_mut().filter(|s| !s.stopped) {
-                    session.unseen_since = Some(recnum);
+                for session in self.out.by_id.values_mut() {
+                    Arc::make_mut(session).unseen_since = Some(recnum);
                 }
-                self.out
-                    .notes
-                    .push(format!("record {recnum}: the proxy (version {}) was started again", start.version));
+                let note = format!("record {recnum}: the proxy (version {}) was started again", start.version);
+                self.out.notes.push(note);
             }
             EventBody::ProxyStart(_) => {}
             EventBody::Unknown { kind, .. } => self.out.findings.push(unknown(recnum, kind)),
@@ -203,44 +282,53 @@ impl Fold<'_> {
         }
     }
 
-    /// Makes sure that the session is there.
-    fn open(&mut self, vm: VmRef) {
+    /// Makes sure that the session is there, also one that has ended: tells whether it had.
+    fn open(&mut self, vm: VmRef) -> bool {
         let tree = self.out.tree.vms.entry(vm.vm).or_default();
-        let known = tree.session.as_ref().filter(|known| known.session == vm.session);
-        let kept_findings = known.map(|known| known.findings.clone()).unwrap_or_default();
-        let known_start = known.and_then(|known| cbor::decode("kept start", &known.start.0, record::MAX_CONTENT).ok());
-        let name = self.names.get(&vm.session).unwrap_or(&tree.name).clone();
-        let session = self.out.by_id.entry(vm.session).or_insert_with(|| Session {
-            vm: vm.vm,
-            name,
-            before: known_start.is_some(),
-            older: known_start.is_some(),
-            // Until this log says that it was looked at again.
-            unseen_since: known_start.is_some().then_some(0),
-            start: known_start,
-            monitors: Vec::new(),
-            refused: None,
-            stopped: false,
-            reboots: 0,
-            boots: BTreeMap::new(),
-            findings: kept_findings,
-        });
-        if session.vm != vm.vm {
+        let ended = self.out.ended.get(&vm.session).copied();
+        if !self.out.by_id.contains_key(&vm.session) {
+            let known = tree.session.as_ref().filter(|known| known.session == vm.session && ended.is_none());
+            let stated = self.names.get(&vm.session).copied();
+            if stated != Some(&tree.name) && ended.is_none() {
+                self.out.assumed.insert(vm.session, stated.map(str::to_owned));
+            }
+            let session = Session {
+                vm: ended.unwrap_or(vm.vm),
+                name: stated.filter(|_| ended.is_none()).unwrap_or(&tree.name).to_owned(),
+                before: known.is_some(),
+                older: known.is_some(),
+                // Until this log says that it was looked at again.
+                unseen_since: known.is_some().then_some(0),
+                start: known.map(|known| known.start.clone()),
+                monitors: Vec::new(),
+                refused: None,
+                reboots: 0,
+                boots: Boots::default(),
+                findings: known.map(|known| known.findings.clone()).unwrap_or_default().into(),
+            };
+            self.out.by_id.insert(vm.session, Arc::new(session));
+        }
+        if let Some(session) = self.out.by_id.get(&vm.session).filter(|session| session.vm != vm.vm) {
             let item = format!("session {}", vm.session);
             self.out.findings.push(Finding::new(Code::VmNotInLog, item).expected(session.vm).actual(vm.vm));
         }
+        ended.is_some()
     }
 
     fn vm(&mut self, vm: VmId) -> &mut VmExpectation {
-        self.out.tree.vms.entry(vm).or_default()
+        self.out.tree.vm_mut(vm)
     }
 
     /// What was found of a process that lives on is found in the next epoch too, whose log begins without it.
     fn keep_findings(&mut self) {
-        for (id, session) in self.out.by_id.iter().filter(|(_, s)| !s.stopped) {
-            let known = self.out.tree.vms.get_mut(&session.vm).and_then(|vm| vm.session.as_mut());
-            if let Some(known) = known.filter(|known| known.session == *id) {
-                known.findings = session.findings.iter().take(MAX_FINDINGS).cloned().collect();
+        for (id, session) in &self.out.by_id {
+            let found = session.findings.list();
+            let found = &found[..found.len().min(MAX_FINDINGS)];
+            let known = self.out.tree.vms.get(&session.vm).and_then(|vm| vm.session.as_ref());
+            if known.is_some_and(|known| known.session == *id && known.findings != found)
+                && let Some(known) = &mut self.out.tree.vm_mut(session.vm).session
+            {
+                known.findings = found.to_vec();
             }
         }
     }
@@ -298,13 +386,14 @@ impl Fold<'_> {
 
     fn start(&mut self, vm: VmRef, start: &VmStart, rule: Option<&VmRule>, by: &Place) {
         let findings = self.take_over(vm, &start.images, rule, by, images::Seen::BeforeItRan);
-        let known = Blob(cbor::encode(start));
+        let start = Arc::new(start.clone());
         self.vm(vm.vm).session =
-            Some(KnownSession { session: vm.session, start: known, record: by.record, findings: Vec::new() });
+            Some(KnownSession { session: vm.session, start: start.clone(), record: by.record, findings: Vec::new() });
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
+            let session = Arc::make_mut(session);
             session.unseen_since = None;
             session.findings.extend(findings);
-            session.start = Some(start.clone());
+            session.start = Some(start);
             session.before = true;
             session.refused = None;
         }
@@ -312,69 +401,70 @@ impl Fold<'_> {
 
     fn attach(&mut self, vm: VmRef, start: VmStart, again: bool, rule: Option<&VmRule>, by: &Place) {
         let Some(session) = self.out.by_id.get_mut(&vm.session) else { return };
+        let session = Arc::make_mut(session);
         session.unseen_since = None;
         // What kept it from being measured is over. What the measurement showed is not.
         let passing = [RefuseCause::Unmeasurable, RefuseCause::Log, RefuseCause::Duplicate];
         session.refused.take_if(|refused| passing.contains(&refused.cause));
-        if let Some(first) = session.start.as_ref().filter(|_| again || session.before) {
+        if let Some(first) = session.start.clone().filter(|_| again || session.before) {
             let same = |a: &Image, b: &Image| (&a.slot, &a.path, a.read_only) == (&b.slot, &b.path, b.read_only);
             let exchanged = |image: &&Image| !first.images.iter().any(|before| same(before, image));
             let exchanged: Vec<Image> = start.images.iter().filter(exchanged).cloned().collect();
-            session.findings.extend(changed(by.record, first, &start));
+            session.findings.extend(changed(by.record, &first, &start));
             // It ran on while its log ended and another began: nobody watched it in between, whatever came before.
             session.before &= again || !session.older;
-            let tree = self.out.tree.vms.entry(vm.vm).or_default();
-            images::forget(tree, &exchanged, "it was exchanged while nobody watched", by);
+            images::forget(self.vm(vm.vm), &exchanged, "it was exchanged while nobody watched", by);
             return;
         }
-        let mut findings = self.take_over(vm, &start.images, rule, by, images::Seen::WhileItRan);
+        let findings = self.take_over(vm, &start.images, rule, by, images::Seen::WhileItRan);
         if let Some(session) = self.out.by_id.get_mut(&vm.session) {
-            session.findings.append(&mut findings);
-            session.start = Some(start);
+            let session = Arc::make_mut(session);
+            session.findings.extend(findings);
+            session.start = Some(Arc::new(start));
         }
     }
 }
 
-fn guest_event(session: &mut Session, recnum: u64, body: &EventBody) {
+fn guest_event(session: &mut Arc<Session>, recnum: u64, body: &EventBody) {
     match body {
         EventBody::GuestHello(GuestHello { boot, hash_size, .. }) => {
-            session.boots.entry(*boot).or_default().hash_size = Some(*hash_size as usize);
+            Arc::make_mut(session).boots.entry(*boot).hash_size = Some(*hash_size);
         }
         EventBody::GuestEntries(entries) => {
-            session.boots.entry(entries.boot).or_default().recorded.push((recnum, entries.clone()));
+            let boot = Arc::make_mut(session).boots.entry(entries.boot);
+            boot.recorded.push((recnum, entries.clone()));
         }
         EventBody::GuestRewind(GuestRewind { boot, count, aggregate, claimed_count, claimed, .. }) => {
             let item = format!("boot {boot}, record {recnum}");
             let finding = Finding::new(Code::GuestRewind, item).expected(format!("{count} entries, {aggregate}"));
-            session.findings.push(finding.actual(format!("{claimed_count} entries, {claimed}")));
+            Arc::make_mut(session).findings.push(finding.actual(format!("{claimed_count} entries, {claimed}")));
         }
         EventBody::GuestOverflow(GuestOverflow { boot, count, limit }) => {
             let item = format!("boot {boot}, record {recnum}");
             let finding = Finding::new(Code::GuestOverflow, item).expected(limit);
-            session.findings.push(finding.actual(format!("{count} entries taken")));
+            Arc::make_mut(session).findings.push(finding.actual(format!("{count} entries taken")));
         }
-        // An event of the host cannot be about a VM.
-        other => session.findings.push(unknown(recnum, &format!("{} with a VM", other.kind()))),
+        // It is stated how long it is silent.
+        EventBody::GuestLost(_) => {}
+        EventBody::Unknown { kind, .. } => Arc::make_mut(session).findings.push(unknown(recnum, kind)),
+        other => {
+            let finding = unknown(recnum, &format!("{} with a VM", other.kind()));
+            Arc::make_mut(session).findings.push(finding);
+        }
     }
 }
 
-fn gap_finding(recnum: u64, gap: &LogGap, policy: &Policy, notes: &mut Vec<String>) -> Option<Finding> {
+fn gap_finding(recnum: u64, gap: &LogGap, policy: &Policy, notes: &mut Notes) -> Option<Finding> {
     judge_gap(gap.reason, format!("{} (record {recnum})", gap.reason), &gap.detail, policy, notes)
 }
 
 /// The same for a gap of this boot that this log does not tell.
-pub fn past_gap_finding(gap: &PastGap, policy: &Policy, notes: &mut Vec<String>) -> Option<Finding> {
+pub fn past_gap_finding(gap: &PastGap, policy: &Policy, notes: &mut Notes) -> Option<Finding> {
     let item = format!("{} (epoch {}, record {})", gap.reason, gap.epoch, gap.record);
     judge_gap(gap.reason, item, &gap.detail, policy, notes)
 }
 
-fn judge_gap(
-    reason: GapReason,
-    item: String,
-    detail: &str,
-    policy: &Policy,
-    notes: &mut Vec<String>,
-) -> Option<Finding> {
+fn judge_gap(reason: GapReason, item: String, detail: &str, policy: &Policy, notes: &mut Notes) -> Option<Finding> {
     if policy.host.accept_gaps.contains(&reason) {
         notes.push(format!("accepted gap: {item}: {detail}"));
         return None;

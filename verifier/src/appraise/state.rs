@@ -1,18 +1,20 @@
-//! What a verifier keeps of a host between two pieces of evidence.
+//! What a verifier keeps of a host between two pieces of evidence, and writes down.
 //!
 //! The *expectation tree*: host → VM → disk image, each image with how it must be at its VM's next start, whose word
-//! that is, and what it was before. The tree is kept as it was when the current epoch began and as it is now. An
-//! appraisal replays the whole epoch onto the first, so that the same evidence gives the same verdict however often
-//! it is appraised, and a new policy judges everything that still counts.
+//! that is, and what it was before. The tree is kept as it was when the current epoch began and as it is now. The
+//! log of the epoch is replayed onto the first, at once or round by round, so that the same evidence gives the same
+//! verdict however often it is appraised, and a new policy judges everything that still counts. VMs that did not change
+//! are shared between both, and between rounds.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
     digest::FileDigest,
-    id::{Blob, BootId, Epoch, SessionId, Sha256, TimeMs, VmId},
+    event::VmStart,
+    id::{BootId, Epoch, SessionId, Sha256, TimeMs, VmId},
     pcr::RegisterValue,
     tpm::ClockInfo,
 };
@@ -90,7 +92,14 @@ pub struct AcceptedGuest {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tree {
     /// By UUID.
-    pub vms: BTreeMap<VmId, VmExpectation>,
+    pub vms: BTreeMap<VmId, Arc<VmExpectation>>,
+}
+
+impl Tree {
+    /// A VM's expectations, to be changed.
+    pub fn vm_mut(&mut self, vm: VmId) -> &mut VmExpectation {
+        Arc::make_mut(self.vms.entry(vm).or_default())
+    }
 }
 
 /// Expectations of one VM.
@@ -101,7 +110,7 @@ pub struct VmExpectation {
     /// The QEMU process that runs it.
     pub session: Option<KnownSession>,
     /// Its images by slot.
-    pub images: BTreeMap<String, ImageExpectation>,
+    pub images: BTreeMap<String, Box<ImageExpectation>>,
 }
 
 /// A QEMU process that was measured before it ran.
@@ -109,8 +118,9 @@ pub struct VmExpectation {
 pub struct KnownSession {
     /// Which.
     pub session: SessionId,
-    /// The measurement: the body of its `vm-start` event.
-    pub start: Blob,
+    /// The measurement: the body of its `vm-start` event; written down as CBOR.
+    #[serde(with = "as_cbor")]
+    pub start: Arc<VmStart>,
     /// The number of its record, and the epoch.
     pub record: u64,
     /// What was found of it so far: it stays so for as long as the process lives.
@@ -266,7 +276,7 @@ impl HostState {
     /// that was found wrong before.
     pub fn accept_image(&mut self, vm: VmId, slot: &str, digest: FileDigest) {
         for tree in [&mut self.base, &mut self.tree] {
-            let image = tree.vms.entry(vm).or_default().images.entry(slot.to_owned()).or_default();
+            let image = tree.vm_mut(vm).images.entry(slot.to_owned()).or_default();
             image.accepted.push(digest);
         }
     }
@@ -278,5 +288,22 @@ impl HostState {
             Some(accepted) if accepted.epoch == epoch => self.base.clone(),
             _ => self.tree.clone(),
         }
+    }
+}
+
+/// A measurement in state is written as its event has it.
+mod as_cbor {
+    use std::sync::Arc;
+
+    use onequote_evidence::{cbor, event::VmStart, id::Blob, record};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(start: &Arc<VmStart>, s: S) -> Result<S::Ok, S::Error> {
+        Blob(cbor::encode(&**start)).serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Arc<VmStart>, D::Error> {
+        let bytes = Blob::deserialize(d)?;
+        cbor::decode("kept start", &bytes.0, record::MAX_CONTENT).map(Arc::new).map_err(de::Error::custom)
     }
 }

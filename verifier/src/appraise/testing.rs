@@ -21,7 +21,7 @@ use onequote_evidence::{
 
 pub(crate) use onequote_evidence::tpm::software::Ak;
 
-use super::{Appraisal, Context, Received, appraise, freshness::Freshness, state::HostState};
+use super::{Appraisal, Context, Received, Shared, appraise, freshness::Freshness, state::HostState};
 use crate::{finding::Finding, policy::Policy};
 
 /// The fields of a `TPMS_ATTEST`, each to be forged.
@@ -409,6 +409,7 @@ impl World {
             now: self.now,
             lifetime: 1000,
             facts: true,
+            shared: &Shared::default(),
         };
         appraise(received, &context)
     }

@@ -1,26 +1,28 @@
 //! Putting a verdict together from what the steps found.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use onequote_evidence::{
     event::VmRef,
     id::{HostId, SessionId, TimeMs, VmId},
     statement::Statement,
+    tpm::Attest,
 };
 
 use super::{
-    Appraisal, Context, Unproven,
-    guests::{Dictionary, Guests},
-    ima::Judge,
+    Appraisal, Context, Unproven, WholeNeeded,
+    dictionary::Dictionary,
+    found::{Findings, Notes},
+    guests::{Guests, ListId, ListProgress, VerifiedList},
+    ima::{Judge, Opinion, RuleId, Unchecked},
     inventory::Present,
     judge,
-    signature::Quoted,
-    state::{ImageExpectation, Tree},
+    state::Tree,
 };
 use crate::{
     finding::{Code, Finding},
     policy::Policy,
-    result::{HostVerdict, ImageLine, LIMITS, MAX_FINDINGS, MAX_NOTES, QuoteInfo, Skipped, State, Verdict, VmVerdict},
+    result::{HostVerdict, ImageLine, LIMITS, QuoteInfo, Skipped, State, Verdict, VmVerdict},
 };
 
 /// The verdict on evidence of which nothing can be believed. VMs that were known stay named, and untrusted.
@@ -37,7 +39,7 @@ pub(super) fn failed(
             vms.push(row(&vm.name, VmRef { vm: *id, session: session.session }, State::Untrusted));
         }
     }
-    let quote = quoted.zip(stated).map(|(quoted, stated)| quote_info(&quoted, stated.statement()));
+    let quote = quoted.zip(stated).map(|(quoted, stated)| quote_info(quoted.attest(), stated.statement()));
     let state = State::of(std::slice::from_ref(&finding));
     let host = HostVerdict {
         // "unknown" is a host id.
@@ -59,32 +61,27 @@ pub(super) fn failed(
         expires: expiry(context),
         limits: LIMITS.to_owned(),
     };
-    Appraisal { verdict, state: None, facts: None }
+    Appraisal { verdict, state: None, kept: None, facts: None }
 }
 
 /// The verdict on evidence that could be appraised to the end.
 pub(super) fn whole(
     context: &Context<'_>,
-    quoted: &Quoted,
+    attest: &Attest,
     statement: &Statement,
-    findings: Vec<Finding>,
+    findings: Findings,
     mut vms: Vec<VmVerdict>,
     skipped: Vec<Skipped>,
-    mut notes: Vec<String>,
+    mut notes: Notes,
 ) -> Verdict {
-    let state = State::of(&findings);
+    let state = findings.state();
     for vm in &mut vms {
         vm.state = vm.state.max(state);
     }
-    if !quoted.attest().clock.safe {
+    if !attest.clock.safe {
         notes.push("the TPM's clock may have been set back at its last reset".to_owned());
     }
-    let surplus = notes.len().saturating_sub(MAX_NOTES);
-    if surplus > 0 {
-        notes.drain(..=surplus);
-        notes.insert(0, format!("{} older notes were left out", surplus + 1));
-    }
-    let (findings, findings_omitted) = cut(findings);
+    let (findings, findings_omitted) = findings.finish();
     Verdict {
         host: HostVerdict {
             id: statement.host.clone(),
@@ -95,77 +92,163 @@ pub(super) fn whole(
             findings_omitted,
         },
         vms,
-        quote: Some(quote_info(quoted, statement)),
+        quote: Some(quote_info(attest, statement)),
         skipped,
-        notes,
+        notes: notes.finish(),
         time: context.now,
         expires: expiry(context),
         limits: LIMITS.to_owned(),
     }
 }
 
-/// Judges every VM that is there.
-pub(super) fn vms(
-    present: &[Present<'_>],
-    tree: &Tree,
-    policy: &Policy,
-    dictionary: &mut Dictionary<'_>,
-    guests: &Guests<'_>,
-    skipped: &mut Vec<Skipped>,
-) -> Vec<VmVerdict> {
-    let mut judges: BTreeMap<usize, Judge<'_>> = BTreeMap::new();
-    let mut out = Vec::with_capacity(present.len());
-    for one in present {
-        let rule = policy.rule(&one.name, one.vm.vm);
-        let mut findings = one.session.map(|s| s.findings.clone()).unwrap_or_default();
-        findings.extend(guests.findings.get(&one.vm.session).cloned().unwrap_or_default());
-        findings.extend(boots_without_reset(one));
-        findings.extend(judge::vm(one, rule.map(|(_, rule)| rule)));
-        if let Some((index, rule)) = rule {
-            let judge = judges.entry(index).or_insert_with(|| Judge::new(&rule.ima));
-            let mut seen = HashSet::new();
-            for list in guests.lists.iter().filter(|list| list.session == one.vm.session) {
-                let entries = dictionary.entries(list.hash_size);
-                for &index in list.entries {
-                    let entry = entries.get(index as usize).and_then(Option::as_ref);
-                    if let Some(entry) = entry.filter(|_| seen.insert((list.hash_size, index))) {
-                        findings.extend(judge.shared(list.hash_size, index, &entry.entry).cloned());
-                    }
+/// What VMs are judged by: everything that was shown of them.
+pub(super) struct Shown<'a> {
+    pub(super) present: &'a [Present<'a>],
+    pub(super) tree: &'a Tree,
+    /// Programs that the host's list does not have.
+    pub(super) unlisted: &'a BTreeMap<SessionId, Vec<Finding>>,
+    pub(super) guests: &'a Guests<'a>,
+    pub(super) dictionary: &'a Dictionary,
+}
+
+impl Shown<'_> {
+    /// Judges every VM that is there, and says how far their lists were taken in.
+    pub(super) fn judge(
+        &self,
+        context: &Context<'_>,
+        policy: &Policy,
+        skipped: &mut Vec<Skipped>,
+    ) -> Result<(Vec<VmVerdict>, BTreeMap<ListId, ListProgress>), WholeNeeded> {
+        let mut lists: HashMap<SessionId, Vec<&VerifiedList<'_>>> = HashMap::new();
+        for list in &self.guests.lists {
+            lists.entry(list.session).or_default().push(list);
+        }
+        let mut unchecked: BTreeMap<usize, Unchecked> = BTreeMap::new();
+        let mut seen = Seen::default();
+        let mut progress = BTreeMap::new();
+        let mut out = Vec::with_capacity(self.present.len());
+        for one in self.present {
+            let rule = policy.rule(&one.name, one.vm.vm);
+            let mut findings = one.session.map(|s| s.findings.clone()).unwrap_or_default();
+            findings.extend(self.unlisted.get(&one.vm.session).into_iter().flatten().cloned());
+            findings.extend(self.guests.findings.get(&one.vm.session).into_iter().flatten().cloned());
+            findings.extend(boots_without_reset(one));
+            findings.extend(judge::vm(one, rule.map(|(_, rule)| rule)));
+            let judge = rule.map(|(index, rule)| {
+                let id = RuleId { policy: policy.id, rule: index as u32 + 1 };
+                (index, Judge::remembering(&rule.ima, id, &context.shared.judgements))
+            });
+            let mut told = HashSet::new();
+            for list in lists.get(&one.vm.session).map(Vec::as_slice).unwrap_or_default() {
+                let judged = self.judge_list(list, judge.as_ref(), &mut seen)?;
+                if let Some((index, judge)) = &judge {
+                    unchecked.entry(*index).or_default().add(judged.unchecked);
+                    let new = judged.bad.iter().filter(|reference| told.insert((list.hash_size, **reference)));
+                    findings.extend(new.filter_map(|&reference| {
+                        opinion(judge, self.dictionary, list.hash_size, reference)?.finding.clone()
+                    }));
                 }
+                progress.insert((list.session, list.boot), judged);
             }
-            if !rule.ima.judges_files() {
+            if let Some((_, rule)) = rule
+                && !rule.ima.judges_files()
+            {
                 let reason = format!("{}: its rule has no allow list", one.name);
                 skipped.push(Skipped::new("guest-ima", reason));
             }
+            let mut vm = row(&one.name, one.vm, findings.state());
+            if let Some(stated) = one.stated {
+                vm.run_state.clone_from(&stated.run_state);
+                vm.boots = stated.boots.len() as u64;
+                vm.entries = stated.boots.iter().map(|boot| boot.count).sum();
+                vm.last_contact = stated.last_contact;
+            }
+            if vm.state == State::Trusted && one.stated.is_none() {
+                vm.state = State::Untrusted;
+            }
+            (vm.findings, vm.findings_omitted) = findings.finish();
+            vm.images = images(self.tree, one.vm);
+            out.push(vm);
         }
-        let mut vm = row(&one.name, one.vm, State::of(&findings));
-        if let Some(stated) = one.stated {
-            vm.run_state.clone_from(&stated.run_state);
-            vm.boots = stated.boots.len() as u64;
-            vm.entries = stated.boots.iter().map(|boot| boot.count).sum();
-            vm.last_contact = stated.last_contact;
+        for (index, unchecked) in unchecked {
+            let words = unchecked.words();
+            skipped.extend(words.map(|what| Skipped::new("guest-ima", format!("rule {}: {what}", index + 1))));
         }
-        if vm.state == State::Trusted && one.stated.is_none() {
-            vm.state = State::Untrusted;
-        }
-        (vm.findings, vm.findings_omitted) = cut(findings);
-        vm.images = images(tree, one.vm);
-        out.push(vm);
+        Ok((out, progress))
     }
-    for (index, judge) in judges {
-        skipped.extend(judge.unchecked().map(|what| Skipped::new("guest-ima", format!("rule {}: {what}", index + 1))));
+
+    /// Judges what is new of a list.
+    fn judge_list(
+        &self,
+        list: &VerifiedList<'_>,
+        judge: Option<&(usize, Judge<'_>)>,
+        seen: &mut Seen,
+    ) -> Result<ListProgress, WholeNeeded> {
+        let rule = judge.map(|(index, _)| *index as u32);
+        let before = list.before;
+        if before.is_some_and(|before| before.rule != rule) {
+            return Err(WholeNeeded);
+        }
+        let (mut bad, mut unchecked) = before.map(|before| (before.bad.clone(), before.unchecked)).unwrap_or_default();
+        if let Some((index, judge)) = judge.filter(|_| !list.new.is_empty()) {
+            let mut known: Option<BTreeSet<u32>> = None;
+            let seen = seen.of(*index, list.hash_size, self.dictionary.len());
+            for &reference in list.new {
+                let Some(one) = seen.get_mut(reference as usize) else { continue };
+                if *one == Look::Fine {
+                    continue;
+                }
+                let Some(opinion) = opinion(judge, self.dictionary, list.hash_size, reference) else {
+                    *one = Look::Fine;
+                    continue;
+                };
+                unchecked.add(opinion.unchecked);
+                let known = known.get_or_insert_with(|| bad.iter().copied().collect());
+                if opinion.finding.is_some() && known.insert(reference) {
+                    bad.push(reference);
+                }
+            }
+        }
+        Ok(ListProgress { hash_size: list.hash_size, aggregate: list.aggregate, rule, bad, unchecked })
     }
-    out
+}
+
+/// What a rule says of an entry of the dictionary; none where it is as it should be.
+fn opinion(
+    judge: &Judge<'_>,
+    dictionary: &Dictionary,
+    hash_size: usize,
+    reference: u32,
+) -> Option<std::sync::Arc<Opinion>> {
+    let distinct = dictionary.get(reference)?;
+    judge.judge(&distinct.entry(hash_size)?, || *distinct.id())
+}
+
+/// Entries of the dictionary that were looked at in this round, by rule and size of the template hash.
+#[derive(Default)]
+struct Seen(HashMap<(usize, usize), Vec<Look>>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// Not yet, or it is not as it should be.
+    Needed,
+    Fine,
+}
+
+impl Seen {
+    fn of(&mut self, rule: usize, hash_size: usize, len: usize) -> &mut Vec<Look> {
+        self.0.entry((rule, hash_size)).or_insert_with(|| vec![Look::Needed; len])
+    }
 }
 
 /// The images of a QEMU process' start.
 fn images(tree: &Tree, vm: VmRef) -> Vec<ImageLine> {
     let known = tree.vms.get(&vm.vm).into_iter().flat_map(|vm| &vm.images);
-    let line = |(slot, image): (&String, &ImageExpectation)| {
+    let mine = known.filter_map(|(slot, image)| {
         let started = image.started.clone().filter(|started| started.session == vm.session)?;
         Some(ImageLine { slot: slot.clone(), started })
-    };
-    known.filter_map(line).collect()
+    });
+    mine.collect()
 }
 
 /// A guest begins a new list only after its VM was reset. Only sessions that are whole in this log can be counted.
@@ -178,19 +261,14 @@ fn boots_without_reset(one: &Present<'_>) -> Option<Finding> {
     })
 }
 
-/// For each QEMU process the distinct entries of its guest's lists.
-pub(super) fn entries(
-    guests: &Guests<'_>,
-    dictionary: &mut Dictionary<'_>,
-) -> BTreeMap<SessionId, Vec<(usize, Vec<u8>)>> {
+/// For each QEMU process the distinct entries of its guest's lists, which were given whole.
+pub(super) fn entries(guests: &Guests<'_>, dictionary: &Dictionary) -> BTreeMap<SessionId, Vec<(usize, Vec<u8>)>> {
     let mut out: BTreeMap<SessionId, Vec<(usize, Vec<u8>)>> = BTreeMap::new();
     for list in &guests.lists {
-        let read = dictionary.entries(list.hash_size);
         let mut seen = HashSet::new();
-        let new = list.entries.iter().filter(|index| seen.insert(**index));
-        let raw = new.filter_map(|&index| read.get(index as usize)?.as_ref());
-        let raw = raw.map(|entry| (list.hash_size, entry.entry.raw.to_vec()));
-        out.entry(list.session).or_default().extend(raw);
+        let new = list.new.iter().filter(|index| seen.insert(**index));
+        let raw = new.filter_map(|&index| Some(dictionary.get(index)?.entry(list.hash_size)?.raw.to_vec()));
+        out.entry(list.session).or_default().extend(raw.map(|raw| (list.hash_size, raw)));
     }
     out
 }
@@ -215,16 +293,7 @@ fn short(vm: VmId) -> String {
     vm.to_string().chars().take(8).collect()
 }
 
-/// Keeps at most [`MAX_FINDINGS`], the worst kinds first.
-fn cut(mut findings: Vec<Finding>) -> (Vec<Finding>, u64) {
-    findings.sort_by_key(|finding| finding.code);
-    let omitted = findings.len().saturating_sub(MAX_FINDINGS);
-    findings.truncate(MAX_FINDINGS);
-    (findings, omitted as u64)
-}
-
-fn quote_info(quoted: &Quoted, statement: &Statement) -> QuoteInfo {
-    let attest = quoted.attest();
+fn quote_info(attest: &Attest, statement: &Statement) -> QuoteInfo {
     QuoteInfo {
         clock: attest.clock,
         firmware_version: attest.firmware_version,

@@ -14,10 +14,11 @@ use tokio::net::TcpListener;
 use super::{Cli, Command, Enrol, Serve, Verify, export, firmware, policy, table};
 use crate::{
     api::Server,
-    appraise::{Context, Received, appraise, freshness::Freshness, state::HostState},
+    appraise::{Context, Received, Shared, appraise, freshness::Freshness, state::HostState},
     enrol::{self, EnrolError, Identity, authority::Authority},
     expectation::{self, HostTree, VmTree},
     finding::Code,
+    intake::Intake,
     policy::{Policy, PolicyError, tree::TreeError},
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
@@ -102,7 +103,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Hosts { json } => hosts(&open(&state).await?, json).await?,
         Command::Attest { host, json, save, timeout } => {
             let times = Times { challenge: Duration::from_secs(timeout), ..Times::default() };
-            let round = verifier(&state, times).await?.attest(&host).await?;
+            let verifier = verifier(&state, times).await?;
+            let round = match &save {
+                Some(_) => verifier.attest_for_evidence(&host).await?,
+                None => verifier.attest(&host).await?,
+            };
             if let (Some(path), Some(evidence)) = (&save, &round.evidence) {
                 write(path, evidence)?;
             }
@@ -282,12 +287,13 @@ async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
         now: System.now(),
         lifetime: 0,
         facts: false,
+        shared: &Shared::default(),
     };
     let mut exported = None;
     let mut verdict = match Received::read(&bytes) {
         Ok(received) => {
             if let Some(folder) = &args.export {
-                exported = Some(export_quote(folder, &received.evidence().head, &key)?);
+                exported = Some(export_quote(folder, &received.head, &key)?);
             }
             appraise(&received, &context).verdict
         }
@@ -331,7 +337,8 @@ pub(super) async fn open(state: &Path) -> Result<Database, CliError> {
 pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Database>, CliError> {
     let identity = Identity::load(state)?;
     let authority = Authority::load(state, Arc::new(System))?.map(Arc::new);
-    Ok(Verifier { store: open(state).await?, identity, authority, source: Arc::new(System), times })
+    let intake = Intake::default();
+    Ok(Verifier { store: open(state).await?, identity, authority, source: Arc::new(System), times, intake })
 }
 
 fn exit_code(verdict: &Verdict) -> ExitCode {

@@ -22,7 +22,7 @@ pub(super) fn show(path: &Path, bank: Option<HashAlg>) -> Result<(), CliError> {
     let mut bytes = read_evidence(path)?;
     if bytes.starts_with(&ZSTD) {
         let received = Received::read(&bytes).map_err(|finding| CliError::NotWhole(table::finding(&finding)))?;
-        bytes.clone_from(&received.evidence().firmware);
+        bytes = received.logs.firmware.items;
     }
     if bytes.is_empty() {
         return Err(CliError::Usage(format!("{} holds no firmware log", path.display())));

@@ -15,7 +15,7 @@ use super::{
     table,
 };
 use crate::{
-    appraise::{Appraisal, Context, Facts, Received, appraise, freshness::Freshness, state::HostState},
+    appraise::{Appraisal, Context, Facts, Received, Shared, appraise, freshness::Freshness, state::HostState},
     enrol,
     finding::{Class, Finding},
     policy::{
@@ -219,6 +219,7 @@ fn learn_offline(file: &Path, ak: &Public, policy: Option<&Policy>) -> Result<Fa
         now: System.now(),
         lifetime: 0,
         facts: true,
+        shared: &Shared::default(),
     };
     let Appraisal { verdict, facts, .. } = appraise(&received, &context);
     facts.ok_or_else(|| not_whole(&verdict))

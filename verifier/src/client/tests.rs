@@ -19,6 +19,7 @@ use super::*;
 use crate::{
     appraise::testing::{World, ima_entry, nonce},
     enrol::self_signed,
+    intake::Intake,
     result::State,
     round::{Times, Verifier},
     source::Source,
@@ -180,6 +181,7 @@ async fn verifier(dir: &Path, world: &World, url: String, certificate: Vec<u8>) 
         authority: None,
         source: Arc::new(Still::default()),
         times: Times::default(),
+        intake: Intake::default(),
     }
 }
 
@@ -214,7 +216,7 @@ async fn whole_rounds() {
     let round = verifier.attest(&id).await.unwrap();
     assert!(round.verdict.all_trusted(), "{:#?}", round.verdict);
     world.lock().unwrap().entries(1, 1, &[ima_entry("/tmp/evil", 9)]);
-    let round = verifier.attest(&id).await.unwrap();
+    let round = verifier.attest_for_evidence(&id).await.unwrap();
     assert_eq!(round.verdict.vms[0].findings[0].code, Code::ImaUnknownFile);
     assert_eq!(round.verdict.vms[1].state, State::Trusted);
     let host = verifier.store.host(&id).await.unwrap();

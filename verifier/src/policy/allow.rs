@@ -46,6 +46,12 @@ impl AllowList {
         }
     }
 
+    /// Whether a file may be so.
+    #[must_use]
+    pub fn has(&self, path: &[u8], alg: &str, value: &[u8]) -> bool {
+        self.by_path.get(path).is_some_and(|hashes| hashes.iter().any(|h| *h.alg == *alg && *h.value == *value))
+    }
+
     /// Judges a file.
     #[must_use]
     pub fn judge(&self, path: &[u8], alg: &str, value: &[u8]) -> Judgement<'_> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use onequote_evidence::pcr::PCR_COUNT;
+use onequote_evidence::{digest::sha256, pcr::PCR_COUNT};
 
 use super::{AllowList, ImaRule, KeyEntry, Policy, SigningKey, keylime::KeylimeError, keys::KeyError};
 
@@ -72,7 +72,8 @@ impl Policy {
     /// # Errors
     /// [`PolicyError`].
     pub fn parse(text: &str, name: &str) -> Result<Self, PolicyError> {
-        let policy: Self = toml::from_str(text).map_err(|e| located(Path::new(name), &e))?;
+        let mut policy: Self = toml::from_str(text).map_err(|e| located(Path::new(name), &e))?;
+        policy.id = sha256(&[text.as_bytes()]);
         policy.check(Path::new(name))?;
         if policy.names_files() {
             let why = "they name other files: take the files' content in under ima, and PEM texts in ima_keys";
@@ -83,7 +84,8 @@ impl Policy {
 
     /// Reads a policy and takes its `ima_file`s in: the second value is a text that needs no other file.
     fn parse_with_files(text: &str, path: &Path) -> Result<(Self, String), PolicyError> {
-        let policy: Self = toml::from_str(text).map_err(|e| located(path, &e))?;
+        let mut policy: Self = toml::from_str(text).map_err(|e| located(path, &e))?;
+        policy.id = sha256(&[text.as_bytes()]);
         policy.check(path)?;
         let folder = path.parent().unwrap_or(Path::new("."));
         let mut table: toml::Table = toml::from_str(text).map_err(|e| located(path, &e))?;

@@ -43,7 +43,7 @@ mod vm;
 
 use serde::Deserialize;
 
-use onequote_evidence::id::VmId;
+use onequote_evidence::id::{Sha256, VmId};
 
 pub use allow::{AllowList, FileHash, Judgement, VERITY};
 pub use firmware::{DatabaseRule, Digests, FirmwareRule, PlainDigest, StubDigest};
@@ -55,15 +55,28 @@ pub use value::{Allowed, Consent, OneOrMore, Pattern, Pcr, Reference};
 pub use vm::{Changes, ImageRule, Runtime, VmRule};
 
 /// A policy: one host rule and the rules for its VMs.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
+    /// SHA-256 of the text that it was read from; zeros for none at all.
+    #[serde(skip, default = "no_text")]
+    pub id: Sha256,
     /// For the host.
     #[serde(default)]
     pub host: HostRule,
     /// For VMs; the first that fits counts.
     #[serde(default, rename = "vm")]
     pub vms: Vec<VmRule>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { id: no_text(), host: HostRule::default(), vms: Vec::new() }
+    }
+}
+
+fn no_text() -> Sha256 {
+    Sha256::ZERO
 }
 
 impl Policy {

@@ -7,6 +7,7 @@ use onequote_evidence::{
 
 use super::{BANK, Boot, is_text, shown};
 use crate::{
+    appraise::found::Notes,
     finding::{Code, Finding},
     policy::{DatabaseRule, Digests, FirmwareRule, PlainDigest},
 };
@@ -25,7 +26,7 @@ const NAMED: usize = 8;
 
 /// Judges the boot. `notes` gets what each rule that is kept relies on.
 #[must_use]
-pub fn judge(rule: &FirmwareRule, boot: Option<&Boot<'_>>, notes: &mut Vec<String>) -> Vec<Finding> {
+pub fn judge(rule: &FirmwareRule, boot: Option<&Boot<'_>>, notes: &mut Notes) -> Vec<Finding> {
     let mut rules = Rules { boot, notes, findings: Vec::new() };
     if let Some(on) = rule.secure_boot {
         rules.secure_boot(on);
@@ -44,7 +45,7 @@ pub fn judge(rule: &FirmwareRule, boot: Option<&Boot<'_>>, notes: &mut Vec<Strin
 
 struct Rules<'b, 'a> {
     boot: Option<&'b Boot<'a>>,
-    notes: &'b mut Vec<String>,
+    notes: &'b mut Notes,
     findings: Vec<Finding>,
 }
 

@@ -11,10 +11,14 @@ use aws_lc_rs::{
 };
 use onequote_evidence::{
     digest::HashAlg,
+    id::Sha256,
     ima::{Entry, KeyId},
 };
 
-use super::{super::ima::Judge, *};
+use super::{
+    super::ima::{Judge, Judgements, RuleId},
+    *,
+};
 use crate::policy::{Policy, SigningKey};
 
 enum Key {
@@ -119,9 +123,12 @@ fn with_keys(keys: &[&Key], more: &str) -> Policy {
 /// What is found of an entry.
 fn found(policy: &Policy, raw: &[u8]) -> Option<Finding> {
     let entry = Entry::parse(raw, 20).unwrap();
-    let mut findings = Judge::new(&policy.host.ima).list(&[entry]);
-    assert!(findings.len() <= 1);
-    findings.pop()
+    let own = Judge::new(&policy.host.ima).finding(&entry);
+    // What is remembered is the same.
+    let memory = Judgements::default();
+    let judge = Judge::remembering(&policy.host.ima, RuleId { policy: policy.id, rule: 0 }, &memory);
+    assert_eq!([judge.finding(&entry), judge.finding(&entry)], [own.clone(), own.clone()]);
+    own
 }
 
 fn code(policy: &Policy, raw: &[u8]) -> Option<Code> {
@@ -175,10 +182,11 @@ fn signatures_that_do_not_count() {
     // Portable signatures of EVM are over what no list has; that is said.
     let evm = ours.sign(5, 2, b"a program");
     let raw = file(HashAlg::Sha256, "/bin/a", b"a program", &evm);
-    let mut judge = Judge::new(&policy.host.ima);
-    assert_eq!(judge.list(&[Entry::parse(&raw, 20).unwrap()])[0].code, Code::ImaUnknownFile);
-    assert!(judge.unchecked().any(|what| what.contains("EVM")));
-    assert!(judge.unchecked().all(|what| !what.contains("modsig")));
+    let entry = Entry::parse(&raw, 20).unwrap();
+    let opinion = Judge::new(&policy.host.ima).judge(&entry, || Sha256::ZERO).unwrap();
+    assert_eq!(opinion.finding.as_ref().unwrap().code, Code::ImaUnknownFile);
+    assert!(opinion.unchecked.words().any(|what| what.contains("EVM")));
+    assert!(opinion.unchecked.words().all(|what| !what.contains("modsig")));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use crate::{
     appraise::{
         Facts,
         firmware::{BANK, Boot, judge},
+        found::Notes,
     },
     policy::{FirmwareRule, PlainDigest, StubDigest},
 };
@@ -44,7 +45,7 @@ pub(super) fn propose(out: &mut String, facts: &Facts) {
     }
     variables(out, &boot);
     let separators = FirmwareRule { separators: true, ..FirmwareRule::default() };
-    if judge(&separators, Some(&boot), &mut Vec::new()).is_empty() {
+    if judge(&separators, Some(&boot), &mut Notes::default()).is_empty() {
         let _ = writeln!(out, "separators = true");
     }
     started(out, &boot);
