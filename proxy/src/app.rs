@@ -34,13 +34,15 @@ use crate::{
     guest::{self, Listeners, Room, VmDirectory},
     identity::{Identity, IdentityError},
     inventory::Inventory,
-    join::{self, Done, JoinError, Keeper, Membership, Wish},
+    join::{self, Done, JoinError, Members, Membership, Wish},
     log::{
         FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig, RecorderError,
         StoreError,
     },
     measure, notify,
-    serve::{Deleting, Doors, ReadPast, TlsListener, publish_address, serve_admin, serve_verifiers},
+    serve::{
+        AskError, Deleting, Doors, ReadPast, TlsListener, publish_address, serve_admin, serve_verifiers, tell_json,
+    },
     sink::{BoxFuture, EventSink, SinkError},
     status::{LiveStatus, StatusSource},
     tpm::{EsapiTpm, Tpm as _, TpmError},
@@ -79,6 +81,9 @@ pub enum AppError {
     /// Joining a verifier.
     #[error(transparent)]
     Join(#[from] JoinError),
+    /// The proxy that runs.
+    #[error(transparent)]
+    Running(#[from] AskError),
     /// The state folder is another host's.
     #[error(
         "the verifier {verifier} was joined with the attestation key of another TPM: this state folder was copied from \
@@ -123,13 +128,18 @@ pub fn init(config: &Config) -> Result<[PathBuf; 2], AppError> {
     Ok([config.state_dir.join("certificate.pem"), ak])
 }
 
-/// Joins a verifier.
+/// Joins a verifier: has the running proxy do it, if one runs.
 ///
 /// # Errors
 /// [`AppError`].
 pub async fn join(config: &Config, wish: Wish) -> Result<Done, AppError> {
+    match tell_json(&config.admin_socket(), "/v1/join", &wish).await {
+        Err(AskError::Unreachable { error, .. })
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {}
+        told => return Ok(told?),
+    }
     folder::private(&config.state_dir).map_err(io_error(config.state_dir.display().to_string()))?;
-    // As for `init`: the log's lock says that no proxy runs, which may be using the TPM.
+    // As for `init`: the log's lock says that no proxy runs which uses the TPM.
     let _alone = FileStore::open(config.log_dir())?;
     Ok(join::join(config, wish, now()).await?)
 }
@@ -161,10 +171,6 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     raise_descriptors();
     let identity = Identity::open(&config.state_dir, &config.host_id)?;
     let memberships = Membership::all(&config.state_dir).map_err(io_error("verifiers that were joined"))?;
-    let tls = match config.verifiers.is_empty() && memberships.is_empty() {
-        true => None,
-        false => Some(identity.server(&config.verifiers, &memberships)?),
-    };
     let references = match &config.enforce {
         Some(enforce) => Some(References::load(&enforce.references)?),
         None => None,
@@ -180,6 +186,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     check_memberships(&config, &memberships, &tpm.ak_public)?;
     let ak = config.state_dir.join("ak.pub");
     fs::write(&ak, &tpm.ak_public).map_err(io_error(ak.display().to_string()))?;
+    let members = Members::new(&config, identity, &memberships, log.clone(), now)?;
 
     let guest_sink: Arc<dyn EventSink> = Arc::new(LogSink { log: log.clone(), role: PcrRole::Guest });
     let limits =
@@ -240,36 +247,26 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let status: Arc<dyn StatusSource> =
         Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room, digester });
     let doors = Doors { attest, status };
-    let (admin, admin_doors) = (config.admin_socket(), doors.clone());
+    let (admin, admin_doors, joining) = (config.admin_socket(), doors.clone(), Arc::clone(&members));
     tasks.spawn(async move {
-        serve_admin(&admin, admin_doors, commanded, deleting).await.map_err(io_error("the proxy's own socket"))
+        let served = serve_admin(&admin, admin_doors, commanded, deleting, joining).await;
+        served.map_err(io_error("the proxy's own socket"))
     });
     // Nobody is answered before it is known which VMs there are: a host must not look complete because it was asked early.
     tokio::select! {
         () = async { manager.settled().await; manager.scan().await } => {}
         told = told_to_end() => return told,
     }
-    match tls {
-        Some((tls, known)) => {
-            let trust = Arc::clone(&known);
-            let listener = TlsListener::bind(config.listen, tls, known).await.map_err(io_error("verifiers' door"))?;
-            let address = listener.address();
-            let published = config.state_dir.join("listen.addr");
-            publish_address(&published, address).map_err(io_error(published.display().to_string()))?;
-            tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
-            let count = config.verifiers.len() + memberships.len();
-            let keeper = Keeper { log: log.clone(), trust, port: address.port(), now };
-            for membership in memberships {
-                let keeping = join::keep(keeper.clone(), Arc::new(RwLock::new(membership)));
-                tasks.spawn(async move {
-                    keeping.await;
-                    Ok(())
-                });
-            }
-            info!(%address, verifiers = count, "ready");
-        }
-        None => warn!("ready, but nobody can ask: the configuration names no verifier, and none was joined"),
+    let listener = TlsListener::bind(config.listen, members.access()).await.map_err(io_error("verifiers' door"))?;
+    let address = listener.address();
+    let published = config.state_dir.join("listen.addr");
+    publish_address(&published, address).map_err(io_error(published.display().to_string()))?;
+    tasks.spawn(async move { serve_verifiers(listener, doors).await.map_err(io_error("verifiers' door")) });
+    match config.verifiers.len() + memberships.len() {
+        0 => warn!(%address, "ready, but nobody can ask: the configuration names no verifier, and none was joined"),
+        verifiers => info!(%address, verifiers, "ready"),
     }
+    members.start(memberships, address.port()).await;
     tasks.spawn(watch_epoch(log));
     if let Err(e) = notify::ready() {
         warn!("the service manager cannot be told that the proxy is ready: {e}");
@@ -282,6 +279,8 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     // In order: nothing new comes, what was taken is logged, the TPM is closed.
     drop(manager);
     tasks.shutdown().await;
+    members.stop().await;
+    drop(members);
     writer.abort();
     let _ = writer.await;
     let _ = tokio::task::spawn_blocking(move || recorder.join()).await;

@@ -49,7 +49,24 @@ struct Member {
     /// The authority's encoded name.
     authority: Vec<u8>,
     clients: Arc<dyn ClientCertVerifier>,
-    shown: RwLock<Arc<CertifiedKey>>,
+    shown: Arc<CertifiedKey>,
+}
+
+/// Who is let in as of now. Changes when a verifier is joined and when a certificate is renewed; a connection goes on as it
+/// was made.
+#[derive(Debug, Default)]
+pub struct Access(RwLock<Option<(Arc<ServerConfig>, Arc<Trust>)>>);
+
+impl Access {
+    /// How new connections are made, and who may make them; none when nobody may.
+    #[must_use]
+    pub fn now(&self) -> Option<(Arc<ServerConfig>, Arc<Trust>)> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace(&self, by: (Arc<ServerConfig>, Arc<Trust>)) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(by);
+    }
 }
 
 impl Trust {
@@ -65,18 +82,6 @@ impl Trust {
         let of = |member: &&Member| member.clients.verify_client_cert(certificate, &[], UnixTime::now()).is_ok();
         self.members.iter().find(of).map(|member| member.name.as_str())
     }
-
-    /// Shows a renewed certificate from now on.
-    ///
-    /// # Errors
-    /// The key is not the certificate's.
-    pub fn renewed(&self, membership: &Membership) -> Result<(), IdentityError> {
-        let shown = certified(&membership.certificate, &membership.key)?;
-        for member in self.members.iter().filter(|member| member.name == membership.name) {
-            *member.shown.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&shown);
-        }
-        Ok(())
-    }
 }
 
 impl ResolvesServerCert for Trust {
@@ -84,7 +89,7 @@ impl ResolvesServerCert for Trust {
         let named = hello.certificate_authorities().unwrap_or_default();
         let member = self.members.iter().find(|member| named.iter().any(|name| name.as_ref() == member.authority));
         Some(match member {
-            Some(member) => Arc::clone(&member.shown.read().unwrap_or_else(PoisonError::into_inner)),
+            Some(member) => Arc::clone(&member.shown),
             None => Arc::clone(&self.own),
         })
     }
@@ -164,11 +169,23 @@ impl Identity {
         Self::parse(path, both.as_bytes())
     }
 
-    /// TLS 1.3 for these verifiers and nobody else.
+    /// Lets in these verifiers and nobody else from now on, by TLS 1.3.
     ///
     /// # Errors
-    /// [`IdentityError`], naming the certificate that cannot be used.
-    pub fn server(
+    /// [`IdentityError`], naming the certificate that cannot be used; all stays as it was then.
+    pub fn admit(
+        &self,
+        access: &Access,
+        verifiers: &[Verifier],
+        memberships: &[Membership],
+    ) -> Result<(), IdentityError> {
+        if !verifiers.is_empty() || !memberships.is_empty() {
+            access.replace(self.server(verifiers, memberships)?);
+        }
+        Ok(())
+    }
+
+    fn server(
         &self,
         verifiers: &[Verifier],
         memberships: &[Membership],
@@ -200,7 +217,7 @@ impl Identity {
                 name: membership.name.clone(),
                 authority,
                 clients: clients(alone)?,
-                shown: RwLock::new(certified(&membership.certificate, &membership.key)?),
+                shown: certified(&membership.certificate, &membership.key)?,
             });
         }
         let trust = Arc::new(Trust { own: certified(&self.certificate, &self.key)?, pinned, members });

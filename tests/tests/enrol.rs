@@ -1,11 +1,11 @@
 //! Hosts that join with a token: the way in, staying a member, and everybody who must not get in.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{fs, io::Read as _, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use onequote_evidence::stream::Have;
-use onequote_tests::lab::{Options, Process, Run, Tpm, World, authority_certificates, wait};
+use onequote_tests::lab::{Options, Process, Run, Tpm, Verdict, World, authority_certificates, wait};
 use onequote_verifier::{client, enrol::Identity};
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -110,6 +110,98 @@ fn pem(text: &str) -> Result<Vec<u8>> {
     let output = command.args(["x509", "-outform", "der", "-in"]).arg(path).output()?;
     ensure!(output.status.success(), "openssl: {}", String::from_utf8_lossy(&output.stderr));
     Ok(output.stdout)
+}
+
+#[test]
+fn a_proxy_that_runs_joins_and_lets_the_verifier_in_at_once() {
+    let (authority, mut world) = certified().unwrap();
+    let world = &mut world;
+    let mut test = || -> Result<()> {
+        world.verifier(&["init"])?.success()?;
+        let url = open_door(world, &authority, "127.0.0.1:0", &["--certificate-lifetime", "12s"])?;
+        world.start_proxy()?;
+        let process = world.proxy()?.id();
+        // Nobody is let in so far.
+        let address = world.proxy_url()?.trim_start_matches("https://").to_owned();
+        let mut early = std::net::TcpStream::connect(&address)?;
+        ensure!(matches!(early.read(&mut [0; 1]), Ok(0) | Err(_)), "the door is open before anybody has joined");
+        let refusal = join(world, &url, &world.token(&["--software-tpm", "--host", "another"])?)?;
+        refused(&refusal, "token-other-host")?;
+        join(world, &url, &world.token(&["--software-tpm"])?)?.success()?;
+        wait_known(world)?;
+        world.learn_policy()?;
+        world.verdict()?.host().is("trusted")?;
+        wait::for_true("a renewal", LIMIT, || world.audited("renew", "ok"))?;
+        world.verdict()?.host().is("trusted")?;
+
+        // Again, under another name: the verifier has taken back what it gave first.
+        let (file, token) = (world.folder().join("token"), world.token(&["--software-tpm"])?);
+        fs::write(&file, token)?;
+        let again = world.proxy_command(&["join", &url, "--token-file", &file.to_string_lossy(), "--name", "other"])?;
+        again.success()?;
+        world.verdict()?.host().is("trusted")?;
+        let folders = world.proxy_state().join("verifiers");
+        ensure!(folders.join("other").is_dir() && !folders.join("lab").exists(), "the old membership is still there");
+        // A verifier with an authority of its own is let in beside the first.
+        let second = Second::start(world, &authority)?;
+        let token = second.token()?;
+        fs::write(&file, token)?;
+        world
+            .proxy_command(&["join", &second.url, "--token-file", &file.to_string_lossy(), "--name", "2"])?
+            .success()?;
+        wait::for_true("the second verifier's answer", LIMIT, || {
+            let run = second.verifier(&["attest", World::HOST, "--json"])?;
+            Ok(Verdict::of(&run).is_ok_and(|found| found.host().has("host-without-policy", "")))
+        })?;
+        world.verdict()?.host().is("trusted")?;
+        ensure!(world.proxy()?.id() == process, "the proxy was started again");
+        world.proxy()?.check_alive()?;
+        // What was joined is there after a restart.
+        world.proxy()?.terminate()?;
+        world.start_proxy()?;
+        wait_known(world)?;
+        world.verdict()?.host().is("trusted")
+    };
+    if let Err(e) = test() {
+        world.print_logs();
+        panic!("{e:#}");
+    }
+}
+
+/// Another verifier.
+struct Second {
+    state: PathBuf,
+    program: PathBuf,
+    url: String,
+    _serve: Process,
+}
+
+impl Second {
+    fn start(world: &World, authority: &tempfile::TempDir) -> Result<Self> {
+        let (state, program) = (world.folder().join("second"), world.assets().verifier.clone());
+        run(Command::new(&program).arg("--state").arg(&state).arg("init"))?.success()?;
+        let mut command = Command::new(&program);
+        command.arg("--state").arg(&state);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--period", "3600", "--enrol-listen", "127.0.0.1:0"]);
+        let [root, issuer] = authority_certificates(authority.path());
+        command.arg("--software-ek-roots").arg(root).arg("--ek-intermediates").arg(issuer);
+        let mut serve = Process::spawn("the second verifier", &command, &world.folder().join("log/second.log"), false)?;
+        let file = state.join("enrol.addr");
+        wait::for_true("the second verifier's door", LIMIT, || {
+            serve.check_alive()?;
+            Ok(fs::metadata(&file).is_ok_and(|data| data.len() > 0))
+        })?;
+        let url = format!("https://{}", fs::read_to_string(&file)?.trim());
+        Ok(Self { state, program, url, _serve: serve })
+    }
+
+    fn verifier(&self, arguments: &[&str]) -> Result<Run> {
+        run(Command::new(&self.program).arg("--state").arg(&self.state).args(arguments))
+    }
+
+    fn token(&self) -> Result<String> {
+        Ok(self.verifier(&["token", "create", "--software-tpm"])?.success()?.output.trim().to_owned())
+    }
 }
 
 #[test]

@@ -33,8 +33,14 @@ fn play(world: &mut World) -> Result<()> {
     tell(&format!("disks are made; the host runs by {}", host.accelerator()));
     host.boot(&tell)?;
 
-    world.enrol_nested(&mut host, &[])?;
-    let (found, first) = world.attest_counted()?;
+    world.join_nested(&mut host)?;
+    let known = world.verifier(&["hosts", "--json"])?.json()?;
+    let vouched = known[0]["vouched"].as_str().unwrap_or_default();
+    ensure!(vouched.contains("vouched for by"), "nobody vouches for its TPM: {known}");
+    tell("it has joined over its network");
+    // The verifier asks it at once, over the network.
+    let first = world.wait_served()?;
+    let found = world.served_verdict()?;
     ensure!(found.host().has("host-without-policy", ""), "{found}");
     world.set_nested_policy(&host)?;
     let before = host.quotes()?;
@@ -65,10 +71,12 @@ fn play(world: &mut World) -> Result<()> {
     ensure!(found.vm("two").state() != "trusted", "a VM is better than its host: {found}");
     tell("another proxy is found");
 
+    host.forget_guests()?;
+    host.move_proxy()?;
     host.power_off()?;
     host.tell_kernel("lab.other=1")?;
     host.boot(&tell)?;
-    world.enrol_nested(&mut host, &["--replace"])?;
+    world.wait_told(&host)?;
     let (found, third) = world.attest_counted()?;
     found.host().is_untrusted_for("boot-image", "BOOTX64.EFI")?;
     tell(&format!("another kernel is found; {third} bytes"));

@@ -139,7 +139,9 @@ impl<S: EnrolStore> Server<S> {
         }
         let turn = Arc::clone(self.turns.lock().await.entry(id.clone()).or_default());
         let _turn = turn.lock().await;
-        self.verifier.attest(id).await.map(|round| round.verdict)
+        let round = self.verifier.attest(id).await?;
+        tracing::info!(bytes = round.received, host = %id, "evidence received");
+        Ok(round.verdict)
     }
 
     /// From 0 to 1.

@@ -32,7 +32,7 @@ pub struct Cli {
 pub enum Command {
     /// Makes the host's identity and attestation key; writes certificate.pem and ak.pub for the verifier.
     Init,
-    /// Joins a verifier with a token of its `token create`. The proxy must not run meanwhile.
+    /// Joins a verifier with a token of its `token create`. The verifier is let in at once if the proxy runs.
     Join {
         /// Where the verifier's `serve --enrol-listen` is: https://ADDRESS:PORT.
         url: String,

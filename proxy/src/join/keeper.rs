@@ -5,10 +5,7 @@
 //! certificate in force goes on until its end. A renewal is signed by the attestation key, through the log, which has
 //! the TPM.
 
-use std::{
-    sync::{Arc, RwLock},
-    time::Duration,
-};
+use std::{sync::Weak, time::Duration};
 
 use onequote_evidence::{
     id::{Blob, Sha256, TimeMs},
@@ -20,8 +17,9 @@ use tracing::{error, info, warn};
 use super::{
     JoinError, Membership,
     connection::{Connection, Known, message},
+    members::Members,
 };
-use crate::{identity::Trust, log::LogHandle};
+use crate::log::LogHandle;
 
 /// The first pause after a failure, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -31,22 +29,21 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 const LONGEST_SLEEP: Duration = Duration::from_secs(600);
 
 /// What the keeper needs.
-#[derive(Clone)]
-pub struct Keeper {
+pub(super) struct Keeper {
     /// The way to the attestation key.
-    pub log: LogHandle,
-    /// Where certificates are in force.
-    pub trust: Arc<Trust>,
+    pub(super) log: LogHandle,
+    /// Where certificates are in force; gone when the proxy ends.
+    pub(super) members: Weak<Members>,
     /// The port on which the proxy listens.
-    pub port: u16,
+    pub(super) port: u16,
     /// The host's clock.
-    pub now: fn() -> TimeMs,
+    pub(super) now: fn() -> TimeMs,
 }
 
-/// Keeps a membership up until the process ends.
-pub async fn keep(keeper: Keeper, membership: Arc<RwLock<Membership>>) {
+/// Keeps a membership up until it is stopped.
+pub(super) async fn keep(keeper: Keeper, mut membership: Membership) {
     let (mut told, mut pause) = (false, FIRST_PAUSE);
-    let name = read(&membership, |m| m.name.clone());
+    let name = membership.name.clone();
     loop {
         let outcome = if !told {
             keeper.tell(&membership).await.map(|url| {
@@ -55,7 +52,7 @@ pub async fn keep(keeper: Keeper, membership: Arc<RwLock<Membership>>) {
             })
         } else {
             match until_renewal(&membership, (keeper.now)()) {
-                Duration::ZERO => keeper.renew(&membership).await.inspect(|()| {
+                Duration::ZERO => keeper.renew(&mut membership).await.inspect(|()| {
                     info!(verifier = %name, "the certificate was renewed");
                 }),
                 wait => {
@@ -72,7 +69,7 @@ pub async fn keep(keeper: Keeper, membership: Arc<RwLock<Membership>>) {
                     _ => warn!(verifier = %name, "the membership could not be kept up; trying again: {e}"),
                 }
                 // A tenth of the life at most: a renewal has a third of it.
-                let tenth = Duration::from_millis(read(&membership, |m| m.details.lifetime / 10));
+                let tenth = Duration::from_millis(membership.details.lifetime / 10);
                 tokio::time::sleep(pause.min(tenth.max(FIRST_PAUSE)).mul_f64(0.5 + rand::random::<f64>())).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -82,14 +79,14 @@ pub async fn keep(keeper: Keeper, membership: Arc<RwLock<Membership>>) {
 
 impl Keeper {
     /// Tells the verifier where the proxy is. Gives the address that it goes by.
-    async fn tell(&self, membership: &RwLock<Membership>) -> Result<String, JoinError> {
+    async fn tell(&self, membership: &Membership) -> Result<String, JoinError> {
         let mut connection = connect(membership).await?;
-        let here = Here { url: read(membership, |m| m.details.own_url.clone()), port: self.port };
+        let here = Here { url: membership.details.own_url.clone(), port: self.port };
         let known: Here = connection.send("/v1/here", message(&here)?).await?;
         Ok(known.url.unwrap_or_default())
     }
 
-    async fn renew(&self, membership: &RwLock<Membership>) -> Result<(), JoinError> {
+    async fn renew(&self, membership: &mut Membership) -> Result<(), JoinError> {
         let key = rcgen::KeyPair::generate()?;
         let request = message(&RenewRequest { key: Blob(key.der_bytes().to_vec()) })?;
         let mut connection = connect(membership).await?;
@@ -102,28 +99,22 @@ impl Keeper {
             key_signature: Blob(key.sign(&key_message(&request, &connection.binding))?),
         };
         let certified: Certified = connection.send("/v1/renew/prove", message(&shown)?).await?;
-        let mut kept = membership.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if certified.host != kept.details.host || certified.authority.0 != kept.authority.as_ref() {
+        if certified.host != membership.details.host || certified.authority.0 != membership.authority.as_ref() {
             return Err(JoinError::Broken("a certificate for another host, or of another authority".to_owned()));
         }
-        kept.renew(&certified, &key, (self.now)())?;
-        self.trust.renewed(&kept).map_err(|e| JoinError::Broken(e.to_string()))
+        let Some(members) = self.members.upgrade() else { return Ok(()) };
+        members.change(|_| Ok(membership.renew(&certified, &key, (self.now)())?))
     }
 }
 
-async fn connect(membership: &RwLock<Membership>) -> Result<Connection, JoinError> {
-    let (url, authority, own) =
-        read(membership, |m| (m.details.url.clone(), m.authority.clone(), (m.certificate.clone(), m.key.clone_key())));
-    Connection::open(&url, Known::Authority { authority: &authority, own }).await
+async fn connect(membership: &Membership) -> Result<Connection, JoinError> {
+    let own = (membership.certificate.clone(), membership.key.clone_key());
+    Connection::open(&membership.details.url, Known::Authority { authority: &membership.authority, own }).await
 }
 
 /// How long it is until two thirds of the certificate's life are over. A clock that was set back says nothing of its age.
-fn until_renewal(membership: &RwLock<Membership>, now: TimeMs) -> Duration {
-    let (received, lifetime) = read(membership, |m| (m.details.received.0, m.details.lifetime));
+fn until_renewal(membership: &Membership, now: TimeMs) -> Duration {
+    let (received, lifetime) = (membership.details.received.0, membership.details.lifetime);
     let due = received.saturating_add(lifetime / 3 * 2);
     if now.0 < received { Duration::ZERO } else { Duration::from_millis(due.saturating_sub(now.0)) }
-}
-
-fn read<T>(membership: &RwLock<Membership>, read: impl FnOnce(&Membership) -> T) -> T {
-    read(&membership.read().unwrap_or_else(std::sync::PoisonError::into_inner))
 }

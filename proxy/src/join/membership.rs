@@ -111,6 +111,25 @@ impl Membership {
         Ok(path)
     }
 
+    /// The names of earlier memberships that one of this name, with this authority, takes the place of: a verifier has one
+    /// certificate of a host in force, whatever the host calls it.
+    ///
+    /// # Errors
+    /// As [`Self::all`].
+    pub fn replaced_by(state: &Path, name: &str, authority: &[u8]) -> io::Result<Vec<String>> {
+        let of = |earlier: &Self| earlier.name == name || earlier.authority.as_ref() == authority;
+        Ok(Self::all(state)?.into_iter().filter(of).map(|earlier| earlier.name).collect())
+    }
+
+    /// Forgets the membership of this name.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn forget(state: &Path, name: &str) -> io::Result<()> {
+        let path = state.join(FOLDER).join(name);
+        fs::remove_dir_all(&path).map_err(|e| named(&path, &e))
+    }
+
     /// Takes a renewed certificate, on disk first.
     ///
     /// # Errors

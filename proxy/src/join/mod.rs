@@ -1,12 +1,13 @@
 //! Joining a verifier with a token, and staying a member.
 //!
 //! `join` shows the verifier the TPM's endorsement key and our attestation key, opens the credential that comes back in the TPM,
-//! and keeps the certificate that this is worth ([`membership`]). It runs while the proxy does not, since without a resource
-//! manager a TPM has one user. The [`keeper`] runs in the proxy: it tells the verifier where the proxy is, and renews the
-//! certificate at two thirds of its life. What is sent is in docs/formats.md.
+//! and keeps the certificate that this is worth ([`membership`]). Without a resource manager a TPM has one user: while the
+//! proxy runs, it is the proxy that joins ([`members`]). The [`keeper`] runs in the proxy: it tells the verifier where
+//! the proxy is, and renews the certificate at two thirds of its life. What is sent is in docs/formats.md.
 
 mod connection;
 mod keeper;
+mod members;
 mod membership;
 
 use std::{io, path::Path};
@@ -18,13 +19,16 @@ use onequote_evidence::{
 };
 use rcgen::{PublicKeyData as _, SigningKey as _};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use serde::{Deserialize, Serialize};
 
-pub use keeper::{Keeper, keep};
+pub use members::Members;
 pub use membership::{Details, Membership};
 
 use crate::{
     config::Config,
-    tpm::{EsapiTpm, GivenCertificate, Tpm as _, TpmError},
+    identity::IdentityError,
+    log::{LogHandle, RecorderError},
+    tpm::{EsapiTpm, GivenCertificate, Tpm, TpmError, TpmOptions},
     vm::is_valid_name,
 };
 use connection::{Connection, Known, address, message};
@@ -68,6 +72,15 @@ pub enum JoinError {
     /// The TPM.
     #[error(transparent)]
     Tpm(#[from] TpmError),
+    /// The log, which has the TPM.
+    #[error(transparent)]
+    Log(#[from] RecorderError),
+    /// What was joined cannot be put in force.
+    #[error("joined, but not in force before a restart of the proxy: {0}")]
+    Identity(Box<IdentityError>),
+    /// Too early.
+    #[error("the proxy is still starting: it measures the VMs that there are; try again in a moment")]
+    Starting,
     /// A file.
     #[error("{0}")]
     File(#[from] io::Error),
@@ -79,12 +92,14 @@ pub enum JoinError {
     Quote(String),
 }
 
-/// What a join asks for.
-#[derive(Debug)]
+/// What a join asks for. As JSON it is what the command line hands to a proxy that runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Wish {
     /// The verifier.
     pub url: String,
     /// The token.
+    #[serde(with = "as_text")]
     pub token: JoinToken,
     /// The verifier's name with us; that in its URL when absent.
     pub name: Option<String>,
@@ -93,7 +108,8 @@ pub struct Wish {
 }
 
 /// A join that succeeded.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Done {
     /// The verifier's name with us.
     pub name: String,
@@ -101,11 +117,92 @@ pub struct Done {
     pub certified: Certified,
 }
 
+mod as_text {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    use super::JoinToken;
+
+    pub(super) fn serialize<S: Serializer>(token: &JoinToken, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(token)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<JoinToken, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// How a join reaches the TPM.
+enum TpmAccess {
+    /// Nobody else uses it. None until it is opened, and while it works.
+    Own(TpmOptions, Option<EsapiTpm>),
+    /// Through the log, whose TPM it is.
+    Log(LogHandle),
+}
+
+impl TpmAccess {
+    async fn with<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut dyn Tpm) -> Result<T, TpmError> + Send + 'static,
+    ) -> Result<T, JoinError> {
+        match self {
+            Self::Log(log) => Ok(log.with_tpm(work).await?),
+            Self::Own(options, opened) => {
+                let (options, there) = (options.clone(), opened.take());
+                let worked = tokio::task::spawn_blocking(move || {
+                    let mut tpm = there.map_or_else(|| EsapiTpm::open_with(&options), Ok)?;
+                    work(&mut tpm).map(|result| (tpm, result))
+                });
+                let (tpm, result) = worked.await.map_err(io::Error::other)??;
+                *opened = Some(tpm);
+                Ok(result)
+            }
+        }
+    }
+}
+
+/// What a verifier gave, not kept yet.
+struct Joined {
+    name: String,
+    details: Details,
+    certified: Certified,
+    key: rcgen::KeyPair,
+}
+
+impl Joined {
+    /// The memberships whose place it takes.
+    fn replaces(&self, state: &Path) -> Result<Vec<String>, JoinError> {
+        Ok(Membership::replaced_by(state, &self.name, &self.certified.authority.0)?)
+    }
+
+    /// Keeps it, and forgets those whose place it takes.
+    fn keep(&self, state: &Path) -> Result<(), JoinError> {
+        let replaced = self.replaces(state)?;
+        Membership::create(state, &self.name, &self.details, &self.certified, &self.key)?;
+        for name in replaced.iter().filter(|name| **name != self.name) {
+            tracing::info!(verifier = %name, now = %self.name, "the same verifier under another name: the old one goes");
+            Membership::forget(state, name)?;
+        }
+        Ok(())
+    }
+
+    fn done(self) -> Done {
+        Done { name: self.name, certified: self.certified }
+    }
+}
+
 /// Joins. The caller has made sure that no proxy uses the TPM.
 ///
 /// # Errors
 /// [`JoinError`]; nothing is kept then.
 pub async fn join(config: &Config, wish: Wish, now: TimeMs) -> Result<Done, JoinError> {
+    let tpm = TpmAccess::Own(config.tpm.options()?, None);
+    let joined = request(config, wish, now, config.listen.port(), tpm).await?;
+    joined.keep(&config.state_dir)?;
+    Ok(joined.done())
+}
+
+/// Everything of a join but keeping what it gives. `port` is that of the proxy.
+async fn request(config: &Config, wish: Wish, now: TimeMs, port: u16, mut tpm: TpmAccess) -> Result<Joined, JoinError> {
     let at = address(&wish.url).ok_or_else(|| JoinError::Url(wish.url.clone()))?;
     let name = wish.name.clone().unwrap_or_else(|| at.rsplit_once(':').map_or("", |(host, _)| host).to_owned());
     if !is_valid_name(&name) {
@@ -115,14 +212,13 @@ pub async fn join(config: &Config, wish: Wish, now: TimeMs) -> Result<Done, Join
         return Err(JoinError::Url(url.clone()));
     }
     let given = config.tpm.ek_certificate.as_deref().map(given_certificate).transpose()?;
-    let (options, kind) = (config.tpm.options()?, config.tpm.ek);
-    let opened = blocking(move || {
-        let mut tpm = EsapiTpm::open_with(&options)?;
+    let kind = config.tpm.ek;
+    let found = tpm.with(move |tpm| {
         let ek = tpm.endorsement(kind, given.as_ref())?;
-        Ok((tpm, ek))
+        Ok((ek, tpm.ak_public().to_vec()))
     });
-    let (mut tpm, ek) = opened.await?;
-    let ak = Public::parse(tpm.ak_public()).map_err(|e| JoinError::Broken(e.to_string()))?.name();
+    let (ek, ak_public) = found.await?;
+    let ak = Public::parse(&ak_public).map_err(|e| JoinError::Broken(e.to_string()))?.name();
 
     let key = rcgen::KeyPair::generate()?;
     let request = message(&JoinRequest {
@@ -130,16 +226,16 @@ pub async fn join(config: &Config, wish: Wish, now: TimeMs) -> Result<Done, Join
         secret: Blob(wish.token.secret.to_vec()),
         host: config.host_id.clone(),
         url: wish.own_url.clone(),
-        port: config.listen.port(),
+        port,
         ek: Blob(ek.public.clone()),
         ek_certificate: ek.certificate.clone().map(Blob),
         ek_chain: ek.chain.iter().cloned().map(Blob).collect(),
-        ak: Blob(tpm.ak_public().to_vec()),
+        ak: Blob(ak_public),
         key: Blob(key.der_bytes().to_vec()),
     })?;
     let mut connection = Connection::open(&wish.url, Known::Pin(wish.token.pin)).await?;
     let challenge: JoinChallenge = connection.send("/v1/join", request.clone()).await?;
-    let opened = blocking(move || Ok(tpm.activate(&ek, &challenge.credential.0, &challenge.encrypted_seed.0)?));
+    let opened = tpm.with(move |tpm| tpm.activate(&ek, &challenge.credential.0, &challenge.encrypted_seed.0));
     let secret: [u8; SECRET_SIZE] =
         opened.await?.try_into().map_err(|_| JoinError::Broken("a credential of odd size".to_owned()))?;
     let shown = JoinProof {
@@ -157,8 +253,7 @@ pub async fn join(config: &Config, wish: Wish, now: TimeMs) -> Result<Done, Join
         received: now,
         lifetime: certified.lifetime,
     };
-    Membership::create(&config.state_dir, &name, &details, &certified, &key)?;
-    Ok(Done { name, certified })
+    Ok(Joined { name, details, certified, key })
 }
 
 /// Whether the verifier gave what was asked for, under the authority that the token names.
@@ -186,11 +281,4 @@ fn given_certificate(path: &Path) -> Result<GivenCertificate, JoinError> {
     let mut all = all.map_err(|e| named(e.to_string()))?.into_iter().map(|der| der.to_vec());
     let certificate = all.next().ok_or_else(|| named("it has no certificate".to_owned()))?;
     Ok(GivenCertificate { certificate, chain: all.collect() })
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, JoinError> + Send + 'static,
-) -> Result<T, JoinError> {
-    let ended = |e: tokio::task::JoinError| JoinError::File(io::Error::other(e));
-    tokio::task::spawn_blocking(work).await.map_err(ended)?
 }

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     inventory::Inventory,
-    tpm::{Clock, Tpm},
+    tpm::{Clock, Tpm, TpmError},
 };
 
 /// How often registers are read and quoted before somebody else's extends are too many.
@@ -144,6 +144,23 @@ impl Journal {
     /// See [`RecorderError`].
     pub(super) fn quote(&mut self, prepare: impl FnOnce(&LogHead) -> QualifyingData) -> Result<Quoted, RecorderError> {
         self.noting_failure(|journal| journal.quote_steadily(prepare))
+    }
+
+    /// Does something else with the TPM. What fails there says nothing of the log, but a TPM that is gone is opened anew
+    /// at the next request.
+    ///
+    /// # Errors
+    /// See [`RecorderError`].
+    pub(super) fn with_tpm<T>(
+        &mut self,
+        work: impl FnOnce(&mut dyn Tpm) -> Result<T, TpmError>,
+    ) -> Result<T, RecorderError> {
+        let mut live = self.take_live()?;
+        let outcome = work(live.tpm.as_mut());
+        if !outcome.as_ref().is_err_and(|error| error.kind.is_fatal()) {
+            self.live = Some(live);
+        }
+        Ok(outcome?)
     }
 
     fn noting_failure<T>(

@@ -21,6 +21,7 @@ use super::{
     TpmFactory,
     journal::{Journal, Position, State},
 };
+use crate::tpm::{Tpm, TpmError};
 
 /// Requests that may wait.
 const MAX_REQUESTS: usize = 4096;
@@ -174,6 +175,22 @@ impl LogHandle {
         answer.await.map_err(|_| RecorderError::Ended)?
     }
 
+    /// Has the TPM do something else, between two requests: everything that waits, waits for it too.
+    ///
+    /// # Errors
+    /// [`RecorderError::Tpm`] with what the TPM says, and while log and TPM do not agree.
+    pub async fn with_tpm<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut dyn Tpm) -> Result<T, TpmError> + Send + 'static,
+    ) -> Result<T, RecorderError> {
+        let (reply, answer) = oneshot::channel();
+        let work = Box::new(move |journal: &mut Journal| {
+            let _ = reply.send(journal.with_tpm(work));
+        });
+        self.requests.send(Request::Tpm { work }).await.map_err(|_| RecorderError::Ended)?;
+        answer.await.map_err(|_| RecorderError::Ended)?
+    }
+
     /// The log's head as of now.
     ///
     /// # Errors
@@ -258,6 +275,7 @@ enum Request {
     Append(Append),
     Quote { prepare: Prepare, reply: oneshot::Sender<Result<Quoted, RecorderError>> },
     Ready { reply: oneshot::Sender<Result<(), RecorderError>> },
+    Tpm { work: Box<dyn FnOnce(&mut Journal) + Send> },
 }
 
 type Prepare = Box<dyn FnOnce(&LogHead) -> QualifyingData + Send>;
@@ -338,6 +356,7 @@ impl Worker {
             Some(Request::Ready { reply }) => {
                 let _ = reply.send(self.journal.ready());
             }
+            Some(Request::Tpm { work }) => work(&mut self.journal),
             None => {}
         }
     }

@@ -1,6 +1,6 @@
 //! The Unix socket for the proxy's own command line.
 
-use std::{io, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{io, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -8,13 +8,16 @@ use axum::{
     extract::{Path as UrlPath, Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use serde::Deserialize;
 use tokio::net::UnixListener;
 
 use super::{Deleting, Doors, vms};
-use crate::vm::Registry;
+use crate::{
+    join::{JoinError, Members, Wish},
+    vm::Registry,
+};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,7 +29,13 @@ struct Boot {
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub async fn serve_admin(path: &Path, doors: Doors, registry: Registry, deleting: Deleting) -> io::Result<()> {
+pub async fn serve_admin(
+    path: &Path,
+    doors: Doors,
+    registry: Registry,
+    deleting: Deleting,
+    members: Arc<Members>,
+) -> io::Result<()> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(named(e)),
@@ -38,8 +47,18 @@ pub async fn serve_admin(path: &Path, doors: Doors, registry: Registry, deleting
         .route("/v1/status", get(super::status))
         .route("/v1/guests/{vm}/ima", get(guest_ima))
         .with_state(doors)
+        .merge(Router::new().route("/v1/join", post(join)).with_state(members))
         .merge(vms::router(registry, deleting));
     axum::serve(listener, app).await
+}
+
+async fn join(State(members): State<Arc<Members>>, Json(wish): Json<Wish>) -> Response {
+    // It goes on when the command line goes away: what the verifier gave must not be lost.
+    let joined = tokio::spawn(async move { members.join(wish).await }).await;
+    match joined.unwrap_or_else(|e| Err(JoinError::File(io::Error::other(e)))) {
+        Ok(done) => Json(done).into_response(),
+        Err(e) => (StatusCode::BAD_GATEWAY, Json(serde_json::json!({"error": e.to_string()}))).into_response(),
+    }
 }
 
 async fn guest_ima(State(doors): State<Doors>, UrlPath(vm): UrlPath<String>, Query(query): Query<Boot>) -> Response {

@@ -8,7 +8,7 @@ use std::{
 use http_body_util::BodyExt as _;
 use hyper::{Method, Request, StatusCode, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 /// The longest answer that is taken: a guest's whole list.
@@ -52,7 +52,7 @@ impl From<AskError> for io::Error {
 /// # Errors
 /// When no proxy answers at the socket, or it refuses.
 pub async fn ask(socket: &Path, path: &str) -> io::Result<Vec<u8>> {
-    Ok(request(socket, Method::GET, path).await?)
+    Ok(request(socket, Method::GET, path, String::new()).await?)
 }
 
 /// Asks the running proxy for something in JSON.
@@ -60,7 +60,7 @@ pub async fn ask(socket: &Path, path: &str) -> io::Result<Vec<u8>> {
 /// # Errors
 /// [`AskError`].
 pub async fn ask_json<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, AskError> {
-    read(&request(socket, Method::GET, path).await?)
+    read(&request(socket, Method::GET, path, String::new()).await?)
 }
 
 /// Tells the running proxy to do something.
@@ -68,20 +68,30 @@ pub async fn ask_json<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<
 /// # Errors
 /// [`AskError`].
 pub async fn tell<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, AskError> {
-    read(&request(socket, Method::POST, path).await?)
+    read(&request(socket, Method::POST, path, String::new()).await?)
+}
+
+/// Tells the running proxy to do something that takes more than a path to say.
+///
+/// # Errors
+/// [`AskError`].
+pub async fn tell_json<T: DeserializeOwned>(socket: &Path, path: &str, what: &impl Serialize) -> Result<T, AskError> {
+    let body = serde_json::to_string(what).map_err(|e| AskError::Broken(e.to_string()))?;
+    read(&request(socket, Method::POST, path, body).await?)
 }
 
 fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, AskError> {
     serde_json::from_slice(body).map_err(|e| AskError::Broken(e.to_string()))
 }
 
-async fn request(socket: &Path, method: Method, path: &str) -> Result<Vec<u8>, AskError> {
+async fn request(socket: &Path, method: Method, path: &str, body: String) -> Result<Vec<u8>, AskError> {
     let unreachable = |error| AskError::Unreachable { socket: socket.to_owned(), error };
     let stream = UnixStream::connect(socket).await.map_err(unreachable)?;
     let broken = |e: hyper::Error| AskError::Broken(e.to_string());
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
     let connection = tokio::spawn(connection);
-    let request = Request::builder().method(method).uri(path).header("host", "proxy").body(String::new());
+    let request = Request::builder().method(method).uri(path).header("host", "proxy");
+    let request = request.header("content-type", "application/json").body(body);
     let request = request.map_err(|e| AskError::Broken(e.to_string()))?;
     let response = sender.send_request(request).await.map_err(broken)?;
     let status = response.status();

@@ -8,6 +8,7 @@
 //!
 //! The Unix socket, for its owner only:
 //! - `GET /v1/status` and `GET /v1/guests/{VM}/ima?boot=N`.
+//! - `POST /v1/join`, JSON of a [`crate::join::Wish`] → JSON of what the verifier gave; 502 when nothing came of it.
 //! - `POST /v1/vms/{VM}/power-down`, `…/quit`, `…/retry` → JSON of the VM as it was when it was asked, and
 //!   `…/delete` → JSON of what was logged; 404 when there is
 //!   no such VM, 409 when it cannot do that now, 502 when its monitor fails.
@@ -36,7 +37,7 @@ use onequote_evidence::{
 use serde::Deserialize;
 
 pub use admin::serve_admin;
-pub use client::{AskError, ask, ask_json, tell};
+pub use client::{AskError, ask, ask_json, tell, tell_json};
 pub use tls::{Peer, TlsListener};
 pub use vms::{Deleting, ReadPast};
 

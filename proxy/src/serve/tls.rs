@@ -13,7 +13,6 @@ use axum::{
     extract::connect_info::Connected,
     serve::{IncomingStream, Listener},
 };
-use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc},
@@ -23,7 +22,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::patience::Patience;
 use crate::{
-    identity::Trust,
+    identity::{Access, Trust},
     rate::{Kind, limited},
 };
 
@@ -131,17 +130,17 @@ pub struct TlsListener {
 }
 
 impl TlsListener {
-    /// Listens for the verifiers that `known` lets in.
+    /// Listens for the verifiers that `access` lets in at the time of their connection.
     ///
     /// # Errors
     /// When the address cannot be bound; the message names it.
-    pub async fn bind(address: SocketAddr, config: Arc<ServerConfig>, known: Arc<Trust>) -> io::Result<Self> {
+    pub async fn bind(address: SocketAddr, access: Arc<Access>) -> io::Result<Self> {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}")))?;
         let address = listener.local_addr()?;
         let (done, ready) = mpsc::channel(16);
-        tokio::spawn(accept(listener, TlsAcceptor::from(config), known, done));
+        tokio::spawn(accept(listener, access, done));
         Ok(Self { ready, address })
     }
 
@@ -152,12 +151,7 @@ impl TlsListener {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    known: Arc<Trust>,
-    done: mpsc::Sender<(Connection, Peer)>,
-) {
+async fn accept(listener: TcpListener, access: Arc<Access>, done: mpsc::Sender<(Connection, Peer)>) {
     let slots = Arc::new(Semaphore::new(HANDSHAKES));
     let (origins, verifiers) = (Places::new(HANDSHAKES_OF_ONE), Places::<Arc<str>>::new(CONNECTIONS));
     loop {
@@ -169,6 +163,10 @@ async fn accept(
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
+        };
+        let Some((config, known)) = access.now() else {
+            limited!(Kind::Handshake, info, %address, "a client, but no verifier is known that may ask");
+            continue;
         };
         let place = match origin(address.ip()) {
             None => None,
@@ -183,8 +181,7 @@ async fn accept(
         // Head and body of an answer are two writes: the second must not wait for the first one's acknowledgement, which
         // takes its time. Where that cannot be had answers are late, not lost.
         let _ = stream.set_nodelay(true);
-        let (acceptor, known, done, verifiers) =
-            (acceptor.clone(), Arc::clone(&known), done.clone(), verifiers.clone());
+        let (acceptor, done, verifiers) = (TlsAcceptor::from(config), done.clone(), verifiers.clone());
         tokio::spawn(async move {
             let _held = (slot, place);
             let stream = match timeout(HANDSHAKE, acceptor.accept(stream)).await {

@@ -10,7 +10,7 @@ use onequote_evidence::{
 use tss_esapi::{constants::tss, tss2_esys as sys};
 
 use super::{
-    Clock, Quote, Tpm, TpmError, TpmErrorKind,
+    Clock, Endorsement, GivenCertificate, Quote, Tpm, TpmError, TpmErrorKind,
     error::Rc,
     esys::{self, Esys, Handle, Hierarchy, Use},
     options::{AkKind, EkKind, TpmOptions},
@@ -279,6 +279,15 @@ impl Tpm for EsapiTpm {
             restart_count: info.restartCount,
             safe: info.safe != 0,
         })
+    }
+
+    fn endorsement(&mut self, kind: Option<EkKind>, given: Option<&GivenCertificate>) -> Result<Endorsement, TpmError> {
+        // The inherent one.
+        Self::endorsement(self, kind, given)
+    }
+
+    fn activate(&mut self, ek: &Endorsement, blob: &[u8], secret: &[u8]) -> Result<Vec<u8>, TpmError> {
+        Self::activate(self, ek, blob, secret)
     }
 
     fn ak_public(&self) -> &[u8] {

@@ -90,6 +90,18 @@ pub trait Tpm: Send {
     /// See [`TpmError`].
     fn clock(&mut self) -> Result<Clock, TpmError>;
 
+    /// Finds the endorsement key, see [`EsapiTpm::endorsement`].
+    ///
+    /// # Errors
+    /// Also when no key belongs to the certificate.
+    fn endorsement(&mut self, kind: Option<EkKind>, given: Option<&GivenCertificate>) -> Result<Endorsement, TpmError>;
+
+    /// Opens a credential that was made for `ek` and our attestation key, see [`EsapiTpm::activate`].
+    ///
+    /// # Errors
+    /// Also when it was made for another.
+    fn activate(&mut self, ek: &Endorsement, blob: &[u8], secret: &[u8]) -> Result<Vec<u8>, TpmError>;
+
     /// The public area of the attestation key, `TPM2B_PUBLIC` (TPM 2.0 Part 2, section 12.2.5).
     fn ak_public(&self) -> &[u8];
 

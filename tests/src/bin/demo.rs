@@ -20,6 +20,9 @@ struct Cli {
     /// Use this TPM (`/dev/tpmrm0`) instead of a software TPM. Its PCRs 12 and 13 are extended.
     #[arg(long, value_name = "DEVICE")]
     tpm: Option<PathBuf>,
+    /// Root certificates of the makers of TPMs, for the one of `--tpm` to join with; without them it is enrolled by hand.
+    #[arg(long, value_name = "FOLDER", requires = "tpm")]
+    ek_roots: Option<PathBuf>,
     /// Leave everything running at the end, and say how to look around.
     #[arg(long)]
     keep: bool,
@@ -67,8 +70,17 @@ fn play(world: &mut World, cli: &Cli, start: Instant) -> Result<bool> {
         ),
         Some(device) => println!("   TPM: {}", device.display()),
     }
-    world.start_enrolled()?;
-    println!("   proxy listens at {}; the verifier has enrolled it [{}]", world.proxy_url()?, since(start));
+    if cli.tpm.is_some() && cli.ek_roots.is_none() {
+        world.start_enrolled()?;
+        println!("   proxy listens at {}; enrolled by hand: no --ek-roots [{}]", world.proxy_url()?, since(start));
+    } else {
+        world.start_proxy()?;
+        println!("   proxy listens at {} [{}]", world.proxy_url()?, since(start));
+        let door = world.join(cli.ek_roots.as_deref())?;
+        println!("   it has joined the verifier at {door}, with a token [{}]", since(start));
+        // Its own first question is not to be counted with ours.
+        world.wait_served()?;
+    }
 
     println!("\n== Three VMs");
     for machine in Machine::ALL {

@@ -39,7 +39,7 @@ fn main() -> Result<ExitCode> {
     }
     let (mut host, good) = outcome?;
     if cli.keep {
-        look_around(&world, &mut host)?;
+        look_around(&mut world, &mut host)?;
     }
     drop(host);
     drop(world);
@@ -54,10 +54,11 @@ fn play(world: &mut World, cli: &Cli, say: &dyn Fn(&str)) -> Result<(NestedHost,
     let on = Instant::now();
     host.boot(say)?;
     let up = on.elapsed();
-    world.enrol_nested(&mut host, &[])?;
-    let (_, first) = world.attest_counted()?;
+    world.join_nested(&mut host)?;
+    say("it has joined over its network, with a token; the verifier has checked the certificate of its TPM");
+    let first = world.wait_served()?;
     world.set_nested_policy(&host)?;
-    say("enrolled; the policy: its disk's files, its firmware's events and its VMs as they are now");
+    say("the policy: its disk's files, its firmware's events and its VMs as they are now");
     let before = host.quotes()?;
     let (verdict, second) = world.attest_counted()?;
     let quotes = host.quotes()? - before;
@@ -91,9 +92,10 @@ fn table(verdict: &Verdict, guests: &[String]) -> String {
     lines.into_iter().map(line).collect()
 }
 
-fn look_around(world: &World, host: &mut NestedHost) -> Result<()> {
+fn look_around(world: &mut World, host: &mut NestedHost) -> Result<()> {
     let folder = world.folder().display().to_string();
-    let ids: Vec<String> = host.process_ids().into_iter().map(|id| format!("-{id}")).collect();
+    let ids = host.process_ids().into_iter().chain(world.process_ids());
+    let ids: Vec<String> = ids.map(|id| format!("-{id}")).collect();
     let stop = world.folder().join("stop.sh");
     fs::write(&stop, format!("#!/bin/sh\nkill -s TERM -- {}\nsleep 1\nrm -rf {folder}\n", ids.join(" ")))?;
     fs::set_permissions(&stop, fs::Permissions::from_mode(0o755))?;

@@ -45,12 +45,13 @@ impl Tpm {
         Ok(Self { folder: folder.to_owned(), process, detached, count, machine: None })
     }
 
-    /// Starts the TPM of a machine: QEMU gives it commands, by `socket`, and turns it on when the machine is turned on.
+    /// Starts the TPM of a machine: QEMU gives it commands, by `socket`, and turns it on when the machine is turned on. It has
+    /// certificates as that of [`Self::start_certified`].
     ///
     /// # Errors
-    /// As [`Self::start`].
-    pub fn for_machine(folder: &Path, socket: &Path, detached: bool) -> Result<Self> {
-        fs::create_dir_all(folder.join("state"))?;
+    /// As [`Self::start_certified`].
+    pub fn for_machine(folder: &Path, socket: &Path, authority: &Path, detached: bool) -> Result<Self> {
+        manufacture(folder, authority)?;
         let process = spawn_for_machine(folder, socket, detached)?;
         let machine = Some(socket.to_owned());
         Ok(Self { folder: folder.to_owned(), process, detached, count: true, machine })

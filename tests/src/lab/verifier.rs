@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
@@ -91,6 +91,24 @@ impl World {
         self.enrol()
     }
 
+    /// Lets the host, whose proxy runs, join the verifier as the README has it: `serve` is started, a token made, and given to
+    /// `onequote-proxy join`. Gives the URL at which it joined.
+    ///
+    /// # Errors
+    /// One of these steps fails, or the verifier refuses: a TPM that is not ours must have a certificate that leads to these roots.
+    pub fn join(&mut self, ek_roots: Option<&Path>) -> Result<String> {
+        self.verifier(&["init"])?.success()?;
+        let roots = ek_roots.map(|folder| folder.to_string_lossy());
+        let arguments: Vec<&str> = roots.iter().flat_map(|folder| ["--ek-roots", folder]).collect();
+        let url = self.start_door("127.0.0.1:0", &arguments)?;
+        let software: &[&str] = if self.tpm.is_some() { &["--software-tpm"] } else { &[] };
+        let token = self.token(&[&["--host", Self::HOST], software].concat())?;
+        let file = self.folder().join("token");
+        fs::write(&file, token)?;
+        self.proxy_command(&["join", &url, "--token-file", &file.to_string_lossy()])?.success()?;
+        Ok(url)
+    }
+
     /// Enrols the host at the verifier as the proxy is now: with its address, key and certificate.
     ///
     /// # Errors
@@ -153,10 +171,23 @@ impl World {
     /// The verifier gives none.
     pub fn attest_counted(&self) -> Result<(Verdict, u64)> {
         let run = self.attest()?;
-        let said = run.errors.split("evidence received bytes=").nth(1);
-        let said = said.with_context(|| format!("the verifier does not say what it received: {}", run.errors))?;
-        let digits: String = said.chars().take_while(char::is_ascii_digit).collect();
-        Ok((Verdict::of(&run)?, digits.parse()?))
+        let bytes = received(&run.errors);
+        let bytes = bytes.with_context(|| format!("the verifier does not say what it received: {}", run.errors))?;
+        Ok((Verdict::of(&run)?, bytes))
+    }
+
+    /// Waits until `serve` has asked the host of its own accord. Gives the bytes of evidence that came for the first time.
+    ///
+    /// # Errors
+    /// It does not in time, or is not running.
+    pub fn wait_served(&mut self) -> Result<u64> {
+        let log = self.folder().join("log/serve.log");
+        let serve = self.serve.as_mut().context("the verifier does not serve")?;
+        wait::until("serve to ask a host that has joined", Duration::from_secs(60), || {
+            serve.check_alive()?;
+            let text = fs::read_to_string(&log)?;
+            Ok(received(&text).filter(|_| text.contains(": attested ")))
+        })
     }
 
     /// Asks the host once, for the verdict whatever it is.
@@ -270,4 +301,10 @@ impl World {
             errors: head.to_owned(),
         })
     }
+}
+
+/// The bytes that the first evidence of a log had.
+fn received(log: &str) -> Option<u64> {
+    let said = log.split("evidence received bytes=").nth(1)?;
+    said.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }

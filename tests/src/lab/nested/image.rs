@@ -24,14 +24,6 @@ const PROXY_UNIT: &str = include_str!("../../../../proxy/systemd/onequote-proxy.
 const VM_UNIT: &str = include_str!("../../../../proxy/systemd/onequote-vm@.service");
 const VM: &str = include_str!("../../../../qemu-configs/q35.toml");
 
-/// `init` of the operations manual, before the proxy's first start.
-const INIT_UNIT: &str = "[Unit]\n\
-    Description=Onequote proxy: identity\n\
-    ConditionPathExists=!/var/lib/onequote/certificate.pem\n\
-    Before=onequote-proxy.service\n\
-    [Service]\nType=oneshot\nStateDirectory=onequote\nStateDirectoryMode=0700\nUMask=0077\n\
-    ExecStart=/usr/local/sbin/onequote-proxy --config /etc/onequote/proxy.toml init\n";
-
 const AGENT_UNIT: &str = "[Unit]\n\
     Description=The lab's hand on this machine\n\
     After=basic.target\n\
@@ -73,7 +65,7 @@ impl Parts {
         let kernel = Kernel::prepare(&cache)?;
         let kernel_package = Package::behind("linux-image-cloud-amd64")?.name;
         let mut packages: Vec<String> =
-            ["systemd-sysv", "udev", "kmod", "iproute2", "socat", "qemu-system-x86", "qemu-system-data"]
+            ["systemd-sysv", "udev", "kmod", "iproute2", "socat", "kexec-tools", "qemu-system-x86", "qemu-system-data"]
                 .map(str::to_owned)
                 .to_vec();
         packages.push(kernel_package);
@@ -129,7 +121,8 @@ fn initramfs(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>> {
 /// What is put on a Debian's root file system to make it this world's host.
 pub(super) struct Host<'a> {
     pub(super) id: &'a str,
-    pub(super) verifier: &'a Path,
+    /// The port on which its proxy answers verifiers.
+    pub(super) port: u16,
     pub(super) guests: &'a [String],
 }
 
@@ -141,7 +134,6 @@ impl Host<'_> {
         let proxy = folder.join("onequote-proxy");
         command::output(command::program("objcopy").arg("--strip-debug").arg(&assets.proxy).arg(&proxy))?;
         changes.file(&proxy, "/usr/local/sbin/onequote-proxy", 0o755);
-        changes.file(self.verifier, "/etc/onequote/verifier.pem", 0o644);
         changes.text(&self.configuration(), "/etc/onequote/proxy.toml", 0o644)?;
         changes.text("/dev/vdb / ext4 rw,noatime 0 0\n", "/etc/fstab", 0o644)?;
         changes.text("nested-host\n", "/etc/hostname", 0o644)?;
@@ -151,16 +143,16 @@ impl Host<'_> {
         changes.text(AGENT, "/usr/local/lib/lab-agent", 0o755)?;
         changes.text(GETTY, "/etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf", 0o644)?;
         for (name, text) in [
-            ("onequote-init.service", INIT_UNIT),
             ("onequote-proxy.service", PROXY_UNIT),
             ("onequote-vm@.service", VM_UNIT),
             ("lab-agent.service", AGENT_UNIT),
         ] {
             changes.text(text, &format!("/etc/systemd/system/{name}"), 0o644)?;
         }
-        for name in ["onequote-init", "onequote-proxy", "lab-agent"] {
+        for name in ["onequote-proxy", "lab-agent"] {
             enable(&mut changes, &format!("{name}.service"), &format!("{name}.service"));
         }
+        changes.file(&folder.join("initrd"), "/boot/initrd", 0o644);
         changes.file(&assets.vmlinux, "/srv/vm/vmlinux", 0o644);
         changes.file(&assets.initrd, "/srv/vm/initrd", 0o644);
         for guest in self.guests {
@@ -175,13 +167,12 @@ impl Host<'_> {
 
     fn configuration(&self) -> String {
         format!(
-            "host_id = {:?}\nlisten = \"0.0.0.0:20305\"\n\n\
+            "host_id = {:?}\nlisten = \"0.0.0.0:{}\"\n\n\
              [tpm]\ntcti = \"device:/dev/tpmrm0\"\n\n\
              [host]\nfirmware_log = \"/sys/kernel/security/tpm0/binary_bios_measurements\"\n\
              ima_list = \"/sys/kernel/security/ima/binary_runtime_measurements\"\n\n\
-             [guest]\nvsock = true\nunix = false\n\n\
-             [[verifiers]]\nname = \"lab\"\ncertificate = \"/etc/onequote/verifier.pem\"\n",
-            self.id
+             [guest]\nvsock = true\nunix = false\n",
+            self.id, self.port
         )
     }
 }

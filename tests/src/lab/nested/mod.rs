@@ -7,24 +7,23 @@
 mod image;
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use onequote_proxy::launch::try_accelerator;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::console::{Answer, Console};
 use super::image::ext4;
 use super::machine::copy;
 use super::process::{self, Process};
-use super::qmp::Qmp;
-use super::tpm::Tpm;
+use super::tpm::{Tpm, authority_certificates};
 use super::trees::{ignoring, with_lines, without_table};
 use super::world::{Options, World};
-use super::{base64, machine, wait};
+use super::{machine, wait};
 
 const CONFIGURATION: &str = include_str!("../../../../qemu-configs/nested-host/nested-host.cfg");
 
@@ -44,6 +43,8 @@ pub struct NestedHost {
     folder: PathBuf,
     parts: image::Parts,
     guests: Vec<String>,
+    /// Where the outer host leads to its proxy, which listens on the same port.
+    port: u16,
     agent: Console,
     /// Lines of a policy's rule that allow the files of its disk's tree.
     rule: String,
@@ -63,8 +64,7 @@ impl NestedHost {
         World::with(Options { keep, tcti: Some("none".to_owned()), ..Options::default() })
     }
 
-    /// Makes its disks and its TPM in the world's folder, with VMs of these names; nothing runs yet. The world's verifier
-    /// gets its identity.
+    /// Makes its disks and its TPM in the world's folder, with VMs of these names; nothing runs yet.
     ///
     /// # Errors
     /// A part cannot be made.
@@ -72,12 +72,11 @@ impl NestedHost {
         let folder = world.folder().join("host");
         let detached = world.options.keep;
         fs::create_dir_all(folder.join("agent"))?;
-        world.verifier(&["init"])?.success()?;
         let parts = image::Parts::prepare(world.assets(), &folder)?;
         copy(&parts.debian.root(), &folder.join("root.img"))?;
         let guests: Vec<String> = guests.iter().map(|&name| name.to_owned()).collect();
-        let verifier = world.verifier_state().join("certificate.pem");
-        let host = image::Host { id: World::HOST, verifier: &verifier, guests: &guests };
+        let port = free_port()?;
+        let host = image::Host { id: World::HOST, port, guests: &guests };
         host.install(world.assets(), &folder)?;
         parts.boot_disk(&folder, image::CMDLINE)?;
         let tree = tempfile::tempdir()?;
@@ -86,17 +85,12 @@ impl NestedHost {
         copy(Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd"), &folder.join("vars.fd"))
             .context("the package ovmf is needed")?;
         let accelerator = accelerator();
-        let mut text = machine::adapt(CONFIGURATION, accelerator.0, 0, "");
-        // With two processors the emulated SVM now and then lets an interrupt in before the host's state is back.
-        if accelerator == TCG {
-            text = text.replace("cpus = \"2\"", "cpus = \"1\"");
-        }
-        // A port that is free.
-        text = text.replace("127.0.0.1:20305-", "127.0.0.1:0-");
-        fs::write(folder.join("vm.cfg"), text)?;
-        let tpm = Tpm::for_machine(&folder.join("tpm"), &folder.join("tpm.sock"), detached)?;
+        configure(&folder, accelerator, port)?;
+        let authority = authority(world);
+        let tpm = Tpm::for_machine(&folder.join("tpm"), &folder.join("tpm.sock"), &authority, detached)?;
         let agent = Console::new(&folder.join("agent"));
-        Ok(Self { qemu: None, tpm, folder, parts, guests, agent, rule, detached, accelerator, started: Instant::now() })
+        let (qemu, started) = (None, Instant::now());
+        Ok(Self { qemu, tpm, folder, parts, guests, port, agent, rule, detached, accelerator, started })
     }
 
     /// Its folder: disks, `console.log`, `qemu.log`, `console.sock` with a shell of root behind it.
@@ -284,24 +278,31 @@ impl NestedHost {
     }
 
     /// Where its proxy is reached from outside.
-    ///
-    /// # Errors
-    /// QEMU does not say.
-    pub fn url(&mut self) -> Result<String> {
-        let socket = self.folder.join("qmp.sock");
-        let mut monitor = Qmp::connect(&socket)?;
-        let said = monitor.execute("human-monitor-command", &json!({"command-line": "info usernet"}))?;
-        let said = said.as_str().unwrap_or_default();
-        let address = forwarded(said).with_context(|| format!("QEMU forwards no port: {said}"))?;
-        Ok(format!("https://{address}"))
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
     }
 
-    /// A file of it.
+    /// From its next start on its proxy is elsewhere.
     ///
     /// # Errors
-    /// There is none.
-    pub fn read(&mut self, path: &str) -> Result<Vec<u8>> {
-        base64::decode(&self.run(&format!("base64 {path}"))?)
+    /// Its proxy's configuration, or that of its QEMU, cannot be changed.
+    pub fn move_proxy(&mut self) -> Result<()> {
+        let port = free_port()?;
+        self.run(&format!("sed -i 's/:{}\"$/:{port}\"/' /etc/onequote/proxy.toml", self.port))?;
+        self.port = port;
+        configure(&self.folder, self.accelerator, port)
+    }
+
+    /// From its next start on it has no VMs.
+    ///
+    /// # Errors
+    /// Its service manager refuses.
+    pub fn forget_guests(&mut self) -> Result<()> {
+        for vm in std::mem::take(&mut self.guests) {
+            self.run(&format!("systemctl -q disable onequote-vm@{vm}; onequote-proxy kill {vm}"))?;
+        }
+        Ok(())
     }
 
     /// Puts a boot disk into its place whose kernel is told `words` as well; what is told at the next start.
@@ -350,25 +351,60 @@ impl World {
         })
     }
 
-    /// Enrols the nested host by hand, as an operator does who logs in there: its key and certificate are fetched.
+    /// Lets the nested host join the verifier outside, over its network, as the operations manual has it: `serve` is started,
+    /// a token made, and given to `onequote-proxy join` there. The authority of its TPM is among the verifier's roots.
     ///
     /// # Errors
-    /// The proxy there has none, or the verifier refuses.
-    pub fn enrol_nested(&self, host: &mut NestedHost, more: &[&str]) -> Result<()> {
-        let folder = host.folder().to_owned();
-        let mut arguments = vec!["enrol".to_owned(), Self::HOST.to_owned(), "--software-tpm".to_owned()];
-        for (option, file) in [("--ak", "ak.pub"), ("--certificate", "certificate.pem")] {
-            let content = host.read(&format!("/var/lib/onequote/{file}"))?;
-            let own = folder.join(file);
-            fs::write(&own, content)?;
-            arguments.extend([option.to_owned(), own.to_string_lossy().into_owned()]);
-        }
-        arguments.extend(["--url".to_owned(), host.url()?]);
-        arguments.extend(more.iter().map(|&word| word.to_owned()));
-        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        self.verifier(&words)?.success()?;
-        Ok(())
+    /// The verifier refuses, or does not learn where the proxy is.
+    pub fn join_nested(&mut self, host: &mut NestedHost) -> Result<()> {
+        self.verifier(&["init"])?.success()?;
+        let [root, issuer] = authority_certificates(&authority(self)).map(|path| path.display().to_string());
+        let url = self.start_door("127.0.0.1:0", &["--software-ek-roots", &root, "--ek-intermediates", &issuer])?;
+        // What is loopback here is 10.0.2.2 there: QEMU's user network.
+        let url = url.replace("//127.0.0.1:", "//10.0.2.2:");
+        let token = self.token(&["--host", Self::HOST, "--software-tpm"])?;
+        host.run(&format!("printf %s {token} | onequote-proxy join {url} --token-file - --name outside"))?;
+        self.wait_told(host)
     }
+
+    /// Waits until the nested host's proxy has told the verifier where it is.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn wait_told(&self, host: &NestedHost) -> Result<()> {
+        wait::for_true("the verifier to know where the nested host's proxy is", ANSWER_LIMIT, || {
+            Ok(self.verifier(&["hosts", "--json"])?.json()?[0]["url"] == host.url().as_str())
+        })
+    }
+}
+
+/// Where the authority for the TPMs of a world's nested hosts is.
+fn authority(world: &World) -> PathBuf {
+    world.folder().join("tpm-authority")
+}
+
+/// A port that nobody has, outside of those that the kernel hands out, so that it is still free later.
+fn free_port() -> Result<u16> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let start = since.subsec_micros() % 9_000;
+    for port in (20_000 + start..).take(1000) {
+        let port = u16::try_from(port)?;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no port is free")
+}
+
+/// Writes the configuration of its QEMU.
+fn configure(folder: &Path, accelerator: (&str, &str), port: u16) -> Result<()> {
+    let mut text = machine::adapt(CONFIGURATION, accelerator.0, 0, "");
+    // With two processors the emulated SVM now and then lets an interrupt in before the host's state is back.
+    if accelerator == TCG {
+        text = text.replace("cpus = \"2\"", "cpus = \"1\"");
+    }
+    text = text.replace("127.0.0.1:20305-:20305", &format!("127.0.0.1:{port}-:{port}"));
+    Ok(fs::write(folder.join("vm.cfg"), text)?)
 }
 
 /// Accelerator and processor.
@@ -389,28 +425,5 @@ fn accelerator() -> (&'static str, &'static str) {
         Ok("tcg") => TCG,
         _ if nests() && try_accelerator("qemu-system-x86_64".as_ref(), "q35", "kvm", "host").is_ok() => KVM,
         _ => TCG,
-    }
-}
-
-/// The address of this machine that leads to the proxy's port there, from QEMU's `info usernet`: protocol, descriptor,
-/// address, port, destination, port.
-fn forwarded(said: &str) -> Option<SocketAddr> {
-    let line = said.lines().find(|line| line.trim_start().starts_with("TCP[HOST_FORWARD]"))?;
-    let mut words = line.split_whitespace().skip(2);
-    let (address, port) = (words.next()?, words.next()?);
-    format!("{address}:{port}").parse().ok()
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_forwarded_port_is_read_from_what_qemu_says() {
-        let said = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
-                    TCP[HOST_FORWARD]  15       127.0.0.1 34567       10.0.2.15 20305     0     0\r\n";
-        assert_eq!(forwarded(said).unwrap().to_string(), "127.0.0.1:34567");
-        assert_eq!(forwarded("nothing"), None);
     }
 }
