@@ -279,6 +279,39 @@ fn a_tpm_that_goes_away_after_an_extend_doubles_nothing() {
 }
 
 #[test]
+fn a_tpm_that_is_busy_is_asked_again_and_nothing_is_lost() {
+    World::test(|world| {
+        let relay = TpmRelay::start(world)?;
+        // More often than the TPM library asks again by itself.
+        relay.keep_busy(12);
+        world.start_proxy_alone()?;
+        let first = world.start_bare("first", &[])?;
+        let peer = Peer::start(world.guest_socket("first"), Guest::new(3));
+        peer.guest().grow(10)?;
+        let arrived = |world: &mut World, count: u64| {
+            world.wait_until("the guest's entries", LIMIT, |world| {
+                Ok((world.vm_status("first")?["entries"] == count).then_some(()))
+            })
+        };
+        arrived(world, 10)?;
+        ensure!(first.run_state()? == "running" && world.proxy_status()?["failure"].is_null());
+
+        relay.keep_busy(u32::MAX);
+        peer.guest().grow(10)?;
+        let second = world.start_bare("second", &[])?;
+        check_refused(world, &second, &["TPM", "busy"])?;
+        relay.mend();
+        arrived(world, 20)?;
+        check_others(world)?;
+        ensure!(first.run_state()? == "running" && second.run_state()? == "prelaunch");
+        world.end_bound()?;
+        ensure!(world.epochs()? == [1], "the log began anew");
+        ensure!(world.bound_log()?.count("log-gap")? == 0);
+        Ok(())
+    });
+}
+
+#[test]
 fn a_tpm_that_dies_in_the_middle_begins_a_new_log_and_the_old_one_stays() {
     World::test(|world| {
         let relay = TpmRelay::start(world)?;

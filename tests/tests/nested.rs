@@ -101,3 +101,61 @@ fn until(world: &World, condition: impl Fn(&Verdict) -> bool) -> Result<Verdict>
     });
     found.with_context(|| format!("last verdict: {}", last.map_or_else(String::new, |found| found.to_string())))
 }
+
+/// Every way in which a host can stop and go on, for real, and what the verifier makes of each.
+#[test]
+fn vm_that_is_a_host_sleeps_and_changes_its_kernel() {
+    let mut world = match NestedHost::world(false) {
+        Ok(world) => world,
+        Err(error) => panic!("no world for this test: {error:#}"),
+    };
+    if let Err(error) = sleep(&mut world) {
+        panic!("{error:#}");
+    }
+}
+
+fn sleep(world: &mut World) -> Result<()> {
+    let start = Instant::now();
+    let tell = |what: &str| {
+        eprintln!("{:6.1} s  epochs: {what}", start.elapsed().as_secs_f32());
+        if what.contains("again") {
+            note(&format!("nested, epochs: {what}"));
+        }
+    };
+    let mut host = NestedHost::install(world, &[])?;
+    host.add_swap()?;
+    host.boot(&tell)?;
+    world.join_nested(&mut host)?;
+    world.wait_served()?;
+    world.set_nested_policy(&host)?;
+    let found = world.verdict()?;
+    found.host().is("trusted")?;
+    ensure!(!found.notes().contains("was suspended"), "{found}");
+
+    host.suspend()?;
+    let found = world.verdict()?;
+    found.host().is("trusted")?;
+    ensure!(found.notes().contains("was suspended"), "a suspend is not told: {found}");
+    tell("a suspend to memory is told, and no alarm");
+
+    // The registers began anew under a kernel that went on.
+    host.hibernate()?;
+    let found = until(world, |found| found.host().has("tpm-reset", ""))?;
+    found.host().is("untrusted")?;
+    ensure!(!found.host().has("host-kexec", ""), "{found}");
+    tell(&format!("a suspend to disk is found: {:?}", found.host().findings()));
+
+    host.power_off()?;
+    host.boot(&tell)?;
+    let found = until(world, |found| found.host().state() == "trusted")?;
+    ensure!(found.host().findings().is_empty(), "{found}");
+    tell("a reboot is no alarm");
+
+    // The kernel went, the registers go on.
+    host.kexec()?;
+    let found = until(world, |found| found.host().has("host-kexec", ""))?;
+    found.host().is("untrusted")?;
+    ensure!(!found.host().has("tpm-reset", "") && !found.host().has("foreign-extend", ""), "{found}");
+    tell(&format!("another kernel by kexec is found: {:?}", found.host().findings()));
+    Ok(())
+}

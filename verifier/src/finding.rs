@@ -164,7 +164,7 @@ codes! {
         "Look at the host's list with evmctl ima_measurement.";
     HostImaReplay = "host-ima-replay", Evidence,
         "No part of the host's IMA list gives the quoted PCR 10.",
-        "Treat the host as hostile, or look whether its kernel takes entries out of the list.";
+        "Treat the host as hostile, or look whether its kernel takes entries out of the list, or was started by kexec or woken from hibernation, over which Debian's kernels carry no list.";
     HostImaBootAggregate = "host-ima-boot-aggregate", Evidence,
         "The boot aggregate in the host's IMA list is not that of the quoted registers.",
         "Treat the host as hostile: the list belongs to another boot or another TPM.";

@@ -22,6 +22,9 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Bytes of a command's or answer's head: tag u16, size u32, code u32, big-endian.
 const HEAD: usize = 10;
 
+/// `TPM_RC_RETRY` in an answer without anything else (TPM 2.0 Part 2, tables 16 and 19; Part 3, section 5.2).
+const RETRY: [u8; HEAD] = [0x80, 1, 0, 0, 0, 10, 0, 0, 9, 0x22];
+
 /// When a command is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
@@ -48,6 +51,8 @@ struct State {
     /// The next command of this code is lost, and the TPM is away from then on.
     lose: Option<(TpmCommand, Loss)>,
     away: bool,
+    /// How often each command is refused before it is passed on.
+    busy: u32,
     spent: BTreeMap<TpmCommand, (u64, Duration)>,
     /// Commands that take longer than they do.
     delays: BTreeMap<TpmCommand, Duration>,
@@ -90,6 +95,11 @@ impl TpmRelay {
         self.shared.state().lose = Some((command, loss));
     }
 
+    /// From now on each command is refused so many times, as a TPM does that is busy with others' commands.
+    pub fn keep_busy(&self, times: u32) {
+        self.shared.state().busy = times;
+    }
+
     /// From now on commands of this code take `longer`, as those of a slower TPM do.
     pub fn delay(&self, command: TpmCommand, longer: Duration) {
         self.shared.state().delays.insert(command, longer);
@@ -120,8 +130,15 @@ impl Shared {
 
     fn serve(&self, mut client: UnixStream, upstream: &Path) -> Result<()> {
         let mut tpm: Option<UnixStream> = None;
+        let mut refused = 0;
         loop {
             let message = read_message(&mut client)?;
+            if refused < self.state().busy {
+                refused = refused.saturating_add(1);
+                client.write_all(&RETRY)?;
+                continue;
+            }
+            refused = 0;
             let code = TpmCommand(u32::from_be_bytes([message[6], message[7], message[8], message[9]]));
             let loss = {
                 let mut state = self.state();

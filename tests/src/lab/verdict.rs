@@ -34,6 +34,13 @@ impl Verdict {
         Judged(&self.json["host"])
     }
 
+    /// Its notes, one a line.
+    #[must_use]
+    pub fn notes(&self) -> String {
+        let notes = self.json["notes"].as_array().map(Vec::as_slice).unwrap_or_default();
+        notes.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n")
+    }
+
     /// The verdict on the VM called `name`; of a VM that it does not speak of, the state is `none`.
     #[must_use]
     pub fn vm(&self, name: &str) -> Judged<'_> {

@@ -81,6 +81,16 @@ pub(super) fn whole(
     if !attest.clock.safe {
         notes.push("the TPM's clock may have been set back at its last reset".to_owned());
     }
+    let (now, before) = (&attest.clock, context.state.accepted.as_ref());
+    if let Some(before) = before.filter(|before| before.epoch == statement.epoch).map(|before| &before.clock)
+        && before.reset_count == now.reset_count
+        && before.restart_count != now.restart_count
+    {
+        let (before, now) = (before.restart_count, now.restart_count);
+        notes.push(format!(
+            "the host was suspended and woke up: TPM restarts {before} to {now}, and its registers went on"
+        ));
+    }
     let (findings, findings_omitted) = findings.finish();
     Verdict {
         host: HostVerdict {

@@ -43,7 +43,7 @@ tree=$1
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
     getty@tty1.service getty-static.service systemd-pcrphase.service systemd-pcrphase-sysinit.service \
     systemd-update-utmp.service systemd-update-utmp-runlevel.service modprobe@drm.service modprobe@fuse.service \
-    sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount; do
+    kexec.service kexec-load.service sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount; do
     ln -sf /dev/null "$tree/etc/systemd/system/$unit"
 done
 chroot "$tree" systemctl -q enable systemd-networkd.service

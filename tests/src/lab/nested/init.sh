@@ -8,6 +8,12 @@ for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev vir
 done
 # The bus finds its devices on its own time.
 while [ ! -b /dev/vdb ]; do $B sleep 0.05; done
+# A system that was suspended to disk goes on from there; the kernel looks whether there is one.
+if [ -b /dev/vdc ]; then
+    $B mkdir /sys && $B mount -t sysfs sysfs /sys
+    $B cat /sys/block/vdc/dev >/sys/power/resume
+    $B umount /sys
+fi
 $B mount -t ext4 -o ro /dev/vdb /root
 $B mount --move /dev /root/dev
 exec $B switch_root /root /sbin/init

@@ -5,6 +5,7 @@
 //! machine.
 
 mod image;
+mod sleep;
 
 use std::fs;
 use std::net::TcpListener;
@@ -48,6 +49,8 @@ pub struct NestedHost {
     agent: Console,
     /// Lines of a policy's rule that allow the files of its disk's tree.
     rule: String,
+    /// Whether it has a disk to swap to.
+    swap: bool,
     detached: bool,
     /// Accelerator and processor.
     accelerator: (&'static str, &'static str),
@@ -90,7 +93,7 @@ impl NestedHost {
         let tpm = Tpm::for_machine(&folder.join("tpm"), &folder.join("tpm.sock"), &authority, detached)?;
         let agent = Console::new(&folder.join("agent"));
         let (qemu, started) = (None, Instant::now());
-        Ok(Self { qemu, tpm, folder, parts, guests, port, agent, rule, detached, accelerator, started })
+        Ok(Self { qemu, tpm, folder, parts, guests, port, agent, rule, swap: false, detached, accelerator, started })
     }
 
     /// Its folder: disks, `console.log`, `qemu.log`, `console.sock` with a shell of root behind it.
@@ -143,6 +146,14 @@ impl NestedHost {
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-readconfig", "vm.cfg"]);
         command.args(["-cpu", self.accelerator.1, "-name", "nested-host"]);
         command.args(["-qmp", "unix:qmp.sock,server=on,wait=off"]);
+        if self.swap {
+            command.args([
+                "-drive",
+                "file=swap.img,if=none,id=swap,format=raw",
+                "-device",
+                "virtio-blk-pci,drive=swap",
+            ]);
+        }
         let agent = "socket,id=agent,path=agent/console.sock,server=on,wait=off,logfile=agent/console.log";
         command.args(["-chardev", agent, "-device", "isa-serial,chardev=agent"]);
         command.current_dir(&self.folder);
@@ -224,7 +235,11 @@ impl NestedHost {
         for vm in self.wait_guests()? {
             tell(&format!("the guest of {vm} hung and was started once more"));
         }
-        tell("the lists of all guests have arrived at its proxy");
+        tell(if self.guests.is_empty() {
+            "its proxy answers"
+        } else {
+            "the lists of all guests have arrived at its proxy"
+        });
         Ok(())
     }
 
@@ -239,10 +254,10 @@ impl NestedHost {
         let mut since = Instant::now();
         loop {
             ensure!(!self.panicked(), "the nested host's kernel died");
-            let missing = self.missing_guests()?;
-            if missing.is_empty() {
-                return Ok(again);
-            }
+            let missing = match self.missing_guests()? {
+                Some(missing) if missing.is_empty() => return Ok(again),
+                missing => missing.unwrap_or_else(|| self.guests.clone()),
+            };
             if since.elapsed() > GUEST_LIMIT {
                 ensure!(again.is_empty(), "no list from the guests of {missing:?}: {}", self.state());
                 for vm in &missing {
@@ -255,20 +270,17 @@ impl NestedHost {
         }
     }
 
-    fn missing_guests(&mut self) -> Result<Vec<String>> {
+    /// VMs whose guest's list has not arrived at its proxy; none while the proxy does not answer.
+    fn missing_guests(&mut self) -> Result<Option<Vec<String>>> {
         self.qemu.as_mut().context("the nested host is off")?.check_alive()?;
         // What does not answer in time is asked again, or found dead.
         let answer = self.agent.ask("sh onequote-proxy status --json", STATUS_LIMIT);
-        let Ok(answer) = answer else { return Ok(self.guests.clone()) };
-        if answer.status != 0 {
-            // It starts.
-            return Ok(self.guests.clone());
-        }
+        let Some(answer) = answer.ok().filter(|answer| answer.status == 0) else { return Ok(None) };
         let status: Value = serde_json::from_str(&answer.output).with_context(|| answer.output.clone())?;
         let vms = status["vms"].as_array().cloned().unwrap_or_default();
         let arrived =
             |name: &String| vms.iter().any(|vm| vm["name"] == **name && vm["entries"].as_u64().unwrap_or(0) > 0);
-        Ok(self.guests.iter().filter(|name| !arrived(name)).cloned().collect())
+        Ok(Some(self.guests.iter().filter(|name| !arrived(name)).cloned().collect()))
     }
 
     /// For people: how its services are.

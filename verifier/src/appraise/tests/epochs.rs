@@ -68,8 +68,12 @@ fn a_clock_that_is_set_back_needs_a_reset_that_lost_it() {
 fn a_suspend_is_no_alarm() {
     let mut world = World::with_two_vms();
     trusted(&mut world);
+    let told = |appraisal: &Appraisal| appraisal.verdict.notes.iter().any(|note| note.contains("was suspended"));
+    assert!(!told(&world.round()));
     world.clock.restart_count += 1;
-    trusted(&mut world);
+    let appraisal = world.round();
+    assert!(appraisal.verdict.all_trusted() && told(&appraisal));
+    assert!(!told(&world.round()), "told once");
     // With a restart of the proxy in it.
     let now = registers(&world);
     world.proxy_start(now);
