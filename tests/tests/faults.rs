@@ -283,7 +283,7 @@ fn a_tpm_that_is_busy_is_asked_again_and_nothing_is_lost() {
     World::test(|world| {
         let relay = TpmRelay::start(world)?;
         // More often than the TPM library asks again by itself.
-        relay.keep_busy(12);
+        relay.keep_busy(7);
         world.start_proxy_alone()?;
         let first = world.start_bare("first", &[])?;
         let peer = Peer::start(world.guest_socket("first"), Guest::new(3));

@@ -74,7 +74,7 @@ impl EsapiTpm {
             fail("connect", kind)
         })?;
         if !has_resource_manager(tcti) {
-            busy_retry(|| remove_left_overs(&mut esys)).map_err(|kind| fail("TPM2_FlushContext", kind))?;
+            remove_left_overs(&mut esys).map_err(|kind| fail("TPM2_FlushContext", kind))?;
         }
         let (model, software) = busy_retry(|| model(&mut esys)).map_err(|kind| fail("TPM2_GetCapability", kind))?;
         set_authorisations(&mut esys, options).map_err(|rc| fail("authorisations", rc.kind(1)))?;
@@ -377,13 +377,13 @@ fn has_resource_manager(tcti: &str) -> bool {
     tcti.starts_with("tabrmd") || tcti.strip_prefix("device:").is_some_and(|path| path.contains("tpmrm"))
 }
 
-/// Flushes every transient object and every loaded session.
-fn remove_left_overs(esys: &mut Esys) -> Result<(), Rc> {
+/// Flushes every transient object and every loaded session. A busy TPM is asked again for each command, not for all of them.
+fn remove_left_overs(esys: &mut Esys) -> Result<(), TpmErrorKind> {
     const TRANSIENT: u32 = 0x8000_0000;
     const LOADED_SESSION: u32 = 0x0200_0000;
     for first in [TRANSIENT, LOADED_SESSION] {
-        for handle in esys.tpm_handles(first)? {
-            esys.flush_tpm_handle(handle)?;
+        for handle in busy_retry(|| esys.tpm_handles(first))? {
+            busy_retry(|| esys.flush_tpm_handle(handle))?;
         }
     }
     Ok(())
