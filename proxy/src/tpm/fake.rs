@@ -7,7 +7,7 @@ use onequote_evidence::{
     pcr::{self, PCR_COUNT, Register, Registers},
 };
 
-use super::{Clock, EkKind, Endorsement, GivenCertificate, Quote, Tpm, TpmError, TpmErrorKind};
+use super::{Clock, Quote, Tpm, TpmError, TpmErrorKind};
 
 /// The chip: survives the connections to it. Clones share it.
 #[derive(Clone)]
@@ -169,21 +169,6 @@ impl Tpm for FakeTpm {
             restart_count: chip.restart_count,
             safe: true,
         })
-    }
-
-    fn endorsement(
-        &mut self,
-        _kind: Option<EkKind>,
-        _given: Option<&GivenCertificate>,
-    ) -> Result<Endorsement, TpmError> {
-        let kind = TpmErrorKind::NoEndorsement { why: "it is in memory".to_owned() };
-        self.0.lock().command("endorsement", |_| ())?;
-        Err(TpmError { tcti: "fake:".to_owned(), command: "endorsement", kind })
-    }
-
-    fn activate(&mut self, ek: &Endorsement, _blob: &[u8], _secret: &[u8]) -> Result<Vec<u8>, TpmError> {
-        // Nobody has an endorsement key of this one.
-        Ok(ek.public.clone())
     }
 
     fn ak_public(&self) -> &[u8] {

@@ -90,17 +90,25 @@ pub trait Tpm: Send {
     /// See [`TpmError`].
     fn clock(&mut self) -> Result<Clock, TpmError>;
 
-    /// Finds the endorsement key, see [`EsapiTpm::endorsement`].
+    /// Finds the endorsement key, see [`EsapiTpm::endorsement`]. A TPM in memory has none that anybody vouches for.
     ///
     /// # Errors
     /// Also when no key belongs to the certificate.
-    fn endorsement(&mut self, kind: Option<EkKind>, given: Option<&GivenCertificate>) -> Result<Endorsement, TpmError>;
+    fn endorsement(
+        &mut self,
+        _kind: Option<EkKind>,
+        _given: Option<&GivenCertificate>,
+    ) -> Result<Endorsement, TpmError> {
+        Err(without_endorsement(self.model(), "TPM2_CreatePrimary (endorsement key)"))
+    }
 
     /// Opens a credential that was made for `ek` and our attestation key, see [`EsapiTpm::activate`].
     ///
     /// # Errors
     /// Also when it was made for another.
-    fn activate(&mut self, ek: &Endorsement, blob: &[u8], secret: &[u8]) -> Result<Vec<u8>, TpmError>;
+    fn activate(&mut self, _ek: &Endorsement, _blob: &[u8], _secret: &[u8]) -> Result<Vec<u8>, TpmError> {
+        Err(without_endorsement(self.model(), "TPM2_ActivateCredential"))
+    }
 
     /// The public area of the attestation key, `TPM2B_PUBLIC` (TPM 2.0 Part 2, section 12.2.5).
     fn ak_public(&self) -> &[u8];
@@ -111,6 +119,11 @@ pub trait Tpm: Send {
 
     /// Manufacturer and model as the TPM gives them, printable, for people.
     fn model(&self) -> &str;
+}
+
+fn without_endorsement(model: &str, command: &'static str) -> TpmError {
+    let kind = TpmErrorKind::NoEndorsement { why: "this TPM has no endorsement key".to_owned() };
+    TpmError { tcti: model.to_owned(), command, kind }
 }
 
 /// A signed statement of register values.
