@@ -53,6 +53,8 @@ struct State {
     away: bool,
     /// How often each command is refused before it is passed on.
     busy: u32,
+    /// How often the present command was refused: the TPM library connects anew for each.
+    refused: u32,
     spent: BTreeMap<TpmCommand, (u64, Duration)>,
     /// Commands that take longer than they do.
     delays: BTreeMap<TpmCommand, Duration>,
@@ -123,6 +125,15 @@ impl TpmRelay {
     }
 }
 
+impl State {
+    /// Whether the command is refused once more. One user's commands come one after the other.
+    fn refuse(&mut self) -> bool {
+        let more = self.refused < self.busy;
+        self.refused = if more { self.refused.saturating_add(1) } else { 0 };
+        more
+    }
+}
+
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -130,15 +141,12 @@ impl Shared {
 
     fn serve(&self, mut client: UnixStream, upstream: &Path) -> Result<()> {
         let mut tpm: Option<UnixStream> = None;
-        let mut refused = 0;
         loop {
             let message = read_message(&mut client)?;
-            if refused < self.state().busy {
-                refused = refused.saturating_add(1);
+            if self.state().refuse() {
                 client.write_all(&RETRY)?;
                 continue;
             }
-            refused = 0;
             let code = TpmCommand(u32::from_be_bytes([message[6], message[7], message[8], message[9]]));
             let loss = {
                 let mut state = self.state();
