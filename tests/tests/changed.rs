@@ -56,10 +56,17 @@ const AWAIT_BUTTON: [u8; 9] = [0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0
 /// S5, and a halt should it take its time.
 const POWER_OFF: [u8; 11] = [0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xf4, 0xeb, 0xfd, 0xf4];
 
+/// PVPANIC_PANICKED to the port of QEMU's pvpanic device (docs/specs/pvpanic.txt), and a halt.
+const PANIC: [u8; 7] = [0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4];
+
 /// Firmware that listens for the power button, writes, and powers off when it was pressed.
 fn writing_firmware() -> Vec<u8> {
+    firmware(&[&LISTEN, &WRITE, &AWAIT_BUTTON, &POWER_OFF])
+}
+
+fn firmware(code: &[&[u8]]) -> Vec<u8> {
     let mut image = vec![0xf4; 64 * 1024];
-    let code = [&LISTEN[..], &WRITE, &AWAIT_BUTTON, &POWER_OFF].concat();
+    let code = code.concat();
     image[0xf000..0xf000 + code.len()].copy_from_slice(&code);
     // jmp f000, from fff3
     image[0xfff0..0xfff3].copy_from_slice(&[0xe9, 0x0d, 0xf0]);
@@ -301,6 +308,70 @@ fn what_another_process_writes_is_found_at_the_next_start() {
             Ok(verdict.vm("vm").has("image-discontinuity", "data").then_some(verdict))
         })?;
         found.vm("vm").is_untrusted_for("image-discontinuity", "data")
+    });
+}
+
+#[test]
+fn an_image_of_two_live_vms_means_a_full_reading_of_both() {
+    World::test(|world| {
+        world.start_proxy_alone()?;
+        let mut folders = Vec::new();
+        let mut bares = Vec::new();
+        for name in ["one", "two"] {
+            let description = describe(world, name, "raw", "preallocation=off")?;
+            let text = fs::read_to_string(&description)?;
+            // QEMU's locks are advice, which can be turned down.
+            let text = text.replace("file.filename=data.img", "file.filename=../data.img,file.locking=off");
+            fs::write(&description, text)?;
+            let folder = description.parent().context("a folder")?.to_owned();
+            fs::copy(folder.join("data.img"), folder.join("../data.img"))?;
+            folders.push(folder);
+            bares.push(launch(world, &description)?);
+        }
+        for mut bare in bares {
+            let read = read_of_data(&power_off(world, &mut bare)?)?;
+            ensure!(read.how == HowRead::Full && read.why.contains("another VM"), "{read:?}");
+        }
+        end_bound(world)
+    });
+}
+
+#[test]
+fn a_panicked_guest_ends_as_it_would_without_the_proxy() {
+    World::test(|world| {
+        world.start_proxy_alone()?;
+        let description = describe(world, "vm", "raw", "preallocation=off")?;
+        let folder = description.parent().context("a folder")?.to_owned();
+        fs::write(folder.join("halt.bin"), firmware(&[&WRITE, &PANIC]))?;
+        let text = fs::read_to_string(&description)?;
+        fs::write(&description, text.replace("arguments = [", "arguments = [\"-device\", \"pvpanic\", "))?;
+        // QEMU would end at a panic, as at power-off; standing still is only for the proxy's questions.
+        let mut bare = world.launch_bare(&description)?;
+        ensure!(bare.qemu.wait(LIMIT)?.success(), "QEMU did not end well");
+        world.wait_gone("vm")?;
+        let stop = last_stop(world)?;
+        measured(&stop, &folder, HowRead::Changed)?;
+        ensure!(kinds(world)?.contains(&"vm-crash".to_owned()), "{:?}", kinds(world)?);
+        end_bound(world)
+    });
+}
+
+#[test]
+fn after_a_restart_of_the_proxy_a_vm_ends_by_itself() {
+    World::test(|world| {
+        world.start_proxy_alone()?;
+        let description = describe(world, "vm", "raw", "preallocation=off")?;
+        let folder = description.parent().context("a folder")?.to_owned();
+        let mut bare = launch(world, &description)?;
+        ensure!(world.proxy()?.terminate()?.success());
+        world.start_proxy()?;
+        world.wait_until("it to be watched again", LIMIT, |world| {
+            Ok((world.vm_status("vm")?["stage"] == "watched").then_some(()))
+        })?;
+        let stop = power_off(world, &mut bare)?;
+        ensure!(stop.cause == StopCause::GuestShutdown && stop.unmeasured.is_empty(), "{stop:?}");
+        ensure!(digest_of_data(&stop)? == fsverity(&folder)?, "the digest is not that of the file");
+        end_bound(world)
     });
 }
 
