@@ -261,14 +261,10 @@ impl Session {
         let (mut told, mut asked) = (BTreeMap::new(), Vec::new());
         for kept in &self.kept {
             let slot = &kept.image.slot;
-            let same =
-                |b: &&Bitmap| &b.leaf.slot == slot && leaves.contains(&b.leaf) && nodes.get(slot) == Some(&b.node);
-            let quiet = match tracker.bitmaps.iter().find(|b| &b.leaf.slot == slot) {
-                None => Err("it is not tracked".to_owned()),
-                Some(b) if !same(&b) => Err("it is at another place of the block graph".to_owned()),
-                Some(b) if !noted.contains(&b.node) => Err("its bitmap is gone".to_owned()),
-                Some(_) if kept.saved.is_none() => Err("its tree was not kept".to_owned()),
-                Some(b) => quiet(kept).await.map(|quiet| (quiet, b.node.clone())),
+            let quiet = match tracked(&tracker.bitmaps, slot, &leaves, &nodes, &noted) {
+                Err(why) => Err(why.to_owned()),
+                Ok(_) if kept.saved.is_none() => Err("its tree was not kept".to_owned()),
+                Ok(b) => quiet(kept).await.map(|quiet| (quiet, b.node.clone())),
             };
             match quiet {
                 Ok((quiet, node)) => asked.push((slot.clone(), node, quiet)),
@@ -324,6 +320,25 @@ impl Session {
             }
         }
     }
+}
+
+/// The bitmap of an image, if QEMU still has it where it was made: what goes by a mirror or a commit to another node, or
+/// loses its bitmap, was not noted.
+fn tracked<'b>(
+    bitmaps: &'b [Bitmap],
+    slot: &str,
+    leaves: &[Leaf],
+    nodes: &BTreeMap<String, String>,
+    noted: &[String],
+) -> Result<&'b Bitmap, &'static str> {
+    let bitmap = bitmaps.iter().find(|b| b.leaf.slot == slot).ok_or("it is not tracked")?;
+    if !leaves.contains(&bitmap.leaf) || nodes.get(slot) != Some(&bitmap.node) {
+        return Err("it is at another place of the block graph");
+    }
+    if !noted.contains(&bitmap.node) {
+        return Err("its bitmap is gone");
+    }
+    Ok(bitmap)
 }
 
 /// Whether what is written to a leaf can be noted: a file with a format that never makes it shorter by itself.
@@ -418,6 +433,35 @@ fn read_bitmap(path: &Path, export: &str) -> Result<(u64, Changed), nbd::NbdErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bitmap_counts_only_where_it_was_made() {
+        let leaf = |slot: &str, name: &str| Leaf {
+            slot: slot.to_owned(),
+            protocol: "file".to_owned(),
+            name: name.to_owned(),
+            format: "raw".to_owned(),
+            read_only: false,
+            file: Some((1, 2)),
+        };
+        let bitmaps = [Bitmap { leaf: leaf("disk", "/a"), node: "#1".to_owned() }];
+        let at = |node: &str| BTreeMap::from([("disk".to_owned(), node.to_owned())]);
+        let noted = ["#1".to_owned(), "#2".to_owned()];
+        let leaves = [leaf("disk", "/a"), leaf("other", "/b")];
+        let why = |slot: &str, leaves: &[Leaf], nodes, noted: &[String]| {
+            tracked(&bitmaps, slot, leaves, &nodes, noted).map(|bitmap| bitmap.node.clone())
+        };
+        assert_eq!(why("disk", &leaves, at("#1"), &noted).unwrap(), "#1");
+        assert_eq!(why("other", &leaves, at("#1"), &noted).unwrap_err(), "it is not tracked");
+        // After a mirror to another file; after a snapshot or commit, to another node; another file by the same name.
+        let elsewhere = "it is at another place of the block graph";
+        assert_eq!(why("disk", &[leaf("disk", "/copy")], at("#1"), &noted).unwrap_err(), elsewhere);
+        assert_eq!(why("disk", &leaves, at("#2"), &noted).unwrap_err(), elsewhere);
+        assert_eq!(why("disk", &leaves, BTreeMap::new(), &noted).unwrap_err(), elsewhere);
+        let replaced = [Leaf { file: Some((1, 3)), ..leaf("disk", "/a") }];
+        assert_eq!(why("disk", &replaced, at("#1"), &noted).unwrap_err(), elsewhere);
+        assert_eq!(why("disk", &leaves, at("#1"), &noted[1..]).unwrap_err(), "its bitmap is gone");
+    }
 
     #[test]
     fn a_file_that_two_write_is_known_as_such_to_both() {
