@@ -204,7 +204,9 @@ impl Session {
                 () = self.process.ended() => {
                     // What it said last may still be on the way; its end closes the monitor.
                     let rest = async { while let Ok(event) = self.events.next().await { self.take_event(event).await; } };
-                    let _ = timeout(LAST_WORDS, rest).await;
+                    if timeout(LAST_WORDS, rest).await.is_err() {
+                        tracing::warn!(vm = %self.name, "QEMU is gone, and its monitor did not close: its last events may be missing");
+                    }
                     break;
                 }
                 Some(answer) = self.retries.recv() => self.retry(answer).await,

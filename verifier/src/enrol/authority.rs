@@ -5,6 +5,7 @@
 //! [`VERIFIER_NAME`], which no host can have.
 
 use std::{
+    error::Error as _,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -218,7 +219,8 @@ impl Authority {
 
 impl ResolvesServerCert for Authority {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.own().ok().map(|own| own.tls)
+        let own = self.own().inspect_err(|e| tracing::error!("hosts cannot be answered: {e}: {:?}", e.source()));
+        own.ok().map(|own| own.tls)
     }
 }
 
