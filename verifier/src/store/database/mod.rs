@@ -12,9 +12,6 @@ mod driver;
 mod enrol;
 mod migrate;
 mod take;
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-mod tests;
 
 use std::{path::Path, time::Duration};
 

@@ -1,8 +1,11 @@
-//! What must hold of the store.
+//! What must hold of the store, whatever database is behind it: one suite, run on SQLite and on PostgreSQL.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::PathBuf;
 
 use onequote_evidence::id::{HostId, Nonce, Sha256, TimeMs};
-
-use crate::{
+use onequote_tests::lab::{Postgres, block_on};
+use onequote_verifier::{
     appraise::state::HostState,
     challenge::Challenge,
     finding::{Code, Finding},
@@ -12,6 +15,64 @@ use crate::{
         enrol::{AuditEntry, Claim, EnrolStore as _, IssuedCertificate, Join, Standing, Token},
     },
 };
+
+/// Where a test has its database.
+enum Place {
+    Sqlite(PathBuf),
+    Postgres(String),
+}
+
+impl Place {
+    async fn open(&self) -> Database {
+        match self {
+            Self::Sqlite(path) => Database::open(path).await,
+            Self::Postgres(url) => Database::connect(url).await,
+        }
+        .unwrap()
+    }
+}
+
+/// The suite: a test for each on SQLite, and one for all on PostgreSQL, since they share a server.
+macro_rules! suite {
+    ($($name:ident),* $(,)?) => {
+        mod sqlite {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    let dir = tempfile::tempdir().unwrap();
+                    let place = Place::Sqlite(dir.path().join("v.sqlite"));
+                    block_on(async { super::$name(&place).await; Ok(()) }).unwrap();
+                }
+            )*
+        }
+
+        #[test]
+        fn postgresql() {
+            let server = Postgres::start_with(&["fsync=off"]).unwrap();
+            $(
+                println!("{}", stringify!($name));
+                let place = Place::Postgres(server.database(stringify!($name)).unwrap());
+                block_on(async { $name(&place).await; Ok(()) }).unwrap();
+            )*
+        }
+    };
+}
+
+suite!(
+    hosts_policies_and_states,
+    a_take_is_all_or_nothing,
+    of_many_takes_at_once_one_is_kept,
+    two_stores_on_one_database_are_one,
+    one_tpm_joins_as_one_host_however_many_ask,
+    a_nonce_serves_once,
+    tokens_are_used_up,
+    ids_and_keys_belong_together,
+    withdrawn_hosts,
+    certificates_end_with_the_join_that_gave_them,
+    addresses_move_unless_they_are_fixed,
+    the_audit_log_is_in_order,
+);
 
 fn enrolment(ak: u8) -> Enrolment {
     Enrolment {
@@ -23,11 +84,8 @@ fn enrolment(ak: u8) -> Enrolment {
     }
 }
 
-#[tokio::test]
-async fn hosts_policies_and_states() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("verifier.sqlite");
-    let store = Database::open(&path).await.unwrap();
+async fn hosts_policies_and_states(place: &Place) {
+    let store = place.open().await;
     let id: HostId = "h1".parse().unwrap();
     assert!(matches!(store.host(&id).await, Err(StoreError::NoHost(_))));
     store.enrol(&enrolment(1), false).await.unwrap();
@@ -50,7 +108,7 @@ async fn hosts_policies_and_states() {
     assert_eq!(take(&store, &id, version, None).await, Take::Kept(version + 1));
     assert_eq!(take(&store, &id, version, None).await, Take::Moved, "a verdict alone counts too");
     drop(store);
-    let store = Database::open(&path).await.unwrap();
+    let store = place.open().await;
     let host = store.host(&id).await.unwrap();
     assert_eq!((&host.state, host.verdict), (&state, Some(verdict)));
     store.enrol(&enrolment(1), true).await.unwrap();
@@ -79,10 +137,8 @@ fn nonce(byte: u8) -> Nonce {
     Nonce::new(vec![byte; 32]).unwrap()
 }
 
-#[tokio::test]
-async fn a_take_is_all_or_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+async fn a_take_is_all_or_nothing(place: &Place) {
+    let store = place.open().await;
     store.enrol(&enrolment(1), false).await.unwrap();
     let id: HostId = "h1".parse().unwrap();
     let host = async || store.host(&id).await.unwrap();
@@ -140,10 +196,8 @@ async fn a_take_is_all_or_nothing() {
     assert!(store.parts(&id).await.unwrap().is_empty());
 }
 
-#[tokio::test]
-async fn of_many_takes_at_once_one_is_kept() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+async fn of_many_takes_at_once_one_is_kept(place: &Place) {
+    let store = place.open().await;
     store.enrol(&enrolment(1), false).await.unwrap();
     let id: HostId = "h1".parse().unwrap();
     let mut tasks = tokio::task::JoinSet::new();
@@ -156,14 +210,75 @@ async fn of_many_takes_at_once_one_is_kept() {
     assert_eq!(takes.iter().filter(|take| **take == Take::Moved).count(), 19);
 }
 
+async fn two_stores_on_one_database_are_one(place: &Place) {
+    let stores = [place.open().await, place.open().await];
+    stores[0].enrol(&enrolment(1), false).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..10_u8 {
+        let (store, id) = (stores[usize::from(n % 2)].clone(), id.clone());
+        tasks.spawn(async move {
+            // As a round does: what was written meanwhile is seen, and none is lost.
+            for _ in 0..1000 {
+                let host = store.host(&id).await.unwrap();
+                let parts = store.parts(&id).await.unwrap().len();
+                let verdict = verdict(&id, 3);
+                let part = Some(Part::More(&[n]));
+                match store.take(Taken { part, ..taken(&id, host.version, &verdict) }).await.unwrap() {
+                    Take::Kept(version) => {
+                        assert!(version == host.version + 1 && store.parts(&id).await.unwrap().len() > parts);
+                        return;
+                    }
+                    other => assert_eq!(other, Take::Moved),
+                }
+            }
+            panic!("always too late");
+        });
+    }
+    tasks.join_all().await;
+    assert_eq!(stores[1].host(&id).await.unwrap().version, 11);
+    let mut parts = stores[0].parts(&id).await.unwrap();
+    parts.sort();
+    assert_eq!(parts, (0..10).map(|n| vec![n]).collect::<Vec<_>>());
+
+    // One challenge is answered once, whoever is asked.
+    stores[0].issue(&nonce(1), &id, TimeMs(1), TimeMs(9)).await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..10 {
+        let (store, id) = (stores[n % 2].clone(), id.clone());
+        tasks.spawn(async move { store.answer(&nonce(1), &id, TimeMs(2)).await.unwrap() });
+    }
+    let uses = tasks.join_all().await;
+    assert_eq!(uses.iter().filter(|used| **used == NonceUse::Fresh).count(), 1);
+    assert_eq!(uses.iter().filter(|used| **used == NonceUse::Answered).count(), 9);
+}
+
+async fn one_tpm_joins_as_one_host_however_many_ask(place: &Place) {
+    let stores = [place.open().await, place.open().await];
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..8_u8 {
+        let store = stores[usize::from(n % 2)].clone();
+        tasks.spawn(async move {
+            let name = format!("t{n}");
+            store.create_token(&token(&name), NOW).await.unwrap();
+            let (host, ek) = (enrolment_of(&format!("h{n}"), n), [1]);
+            let certificate = issued(&host.id, vec![n], &[n]);
+            let join =
+                Join { token: &name, host: &host, ek: &ek, vouched: "", url_fixed: false, certificate: &certificate };
+            store.join(&join, NOW).await.unwrap().is_ok()
+        });
+    }
+    let joined = tasks.join_all().await;
+    assert_eq!(joined.iter().filter(|joined| **joined).count(), 1, "{joined:?}");
+    assert_eq!(stores[0].hosts().await.unwrap().len(), 1);
+}
+
 fn any_digest() -> onequote_evidence::digest::FileDigest {
     onequote_evidence::digest::FileDigest::sha256(Sha256::ZERO)
 }
 
-#[tokio::test]
-async fn a_nonce_serves_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
+async fn a_nonce_serves_once(place: &Place) {
+    let store = place.open().await;
     store.enrol(&enrolment(1), false).await.unwrap();
     let id: HostId = "h1".parse().unwrap();
     let nonce = Nonce::new(vec![7; 32]).unwrap();
@@ -196,12 +311,6 @@ fn token(name: &str) -> Token {
     }
 }
 
-async fn store() -> (tempfile::TempDir, Database) {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Database::open(&dir.path().join("v.sqlite")).await.unwrap();
-    (dir, store)
-}
-
 fn enrolment_of(host: &str, ak: u8) -> Enrolment {
     let url = "https://127.0.0.1:1".to_owned();
     Enrolment { id: id(host), url, ak: vec![ak], certificate: vec![2], software_tpm: true }
@@ -209,8 +318,7 @@ fn enrolment_of(host: &str, ak: u8) -> Enrolment {
 
 /// Joins with a new token, changed by `change`.
 async fn join(store: &Database, host: &str, ek: u8, ak: u8, change: fn(&mut Token)) -> Result<(), &'static str> {
-    let mut serial = [0; 8];
-    rand::Rng::fill(&mut rand::rng(), &mut serial);
+    let serial = uuid::Uuid::new_v4().into_bytes();
     let mut token = token(&hex::encode(serial));
     change(&mut token);
     store.create_token(&token, NOW).await.unwrap();
@@ -227,14 +335,9 @@ async fn join_with(
 ) -> Result<(), &'static str> {
     let host = enrolment_of(host, ak);
     let ek = [ek];
-    let certificate = IssuedCertificate {
-        serial: serial.to_vec(),
-        host: host.id.clone(),
-        ak: vec![ak],
-        expires: TimeMs(5000),
-        revoked: false,
-    };
-    let join = Join { token, host: &host, ek: &ek, vouched: "", url_fixed: false, certificate: &certificate };
+    let certificate = issued(&host.id, vec![ak], serial);
+    let url_fixed = store.token(token).await.unwrap().is_some_and(|token| token.url.is_some());
+    let join = Join { token, host: &host, ek: &ek, vouched: "", url_fixed, certificate: &certificate };
     let claim = Claim { token, host: &host.id, ek: &ek, ak: &host.ak };
     let may = store.may_join(claim, NOW).await.unwrap();
     let done = store.join(&join, NOW).await.unwrap();
@@ -242,9 +345,12 @@ async fn join_with(
     done.map_err(|refusal| refusal.code())
 }
 
-#[tokio::test]
-async fn tokens_are_used_up() {
-    let (_dir, store) = store().await;
+fn issued(host: &HostId, ak: Vec<u8>, serial: &[u8]) -> IssuedCertificate {
+    IssuedCertificate { serial: serial.to_vec(), host: host.clone(), ak, expires: TimeMs(5000), revoked: false }
+}
+
+async fn tokens_are_used_up(place: &Place) {
+    let store = place.open().await;
     store.create_token(&token("t"), NOW).await.unwrap();
     assert_eq!(store.token("t").await.unwrap(), Some(token("t")));
     assert_eq!(join_with(&store, "t", "h1", 1, 1, b"1").await, Ok(()));
@@ -260,9 +366,8 @@ async fn tokens_are_used_up() {
     assert!(matches!(store.host(&id("h4")).await, Err(StoreError::NoHost(_))));
 }
 
-#[tokio::test]
-async fn ids_and_keys_belong_together() {
-    let (_dir, store) = store().await;
+async fn ids_and_keys_belong_together(place: &Place) {
+    let store = place.open().await;
     join(&store, "h1", 1, 1, |_| {}).await.unwrap();
     assert_eq!(join(&store, "h1", 1, 1, |_| {}).await, Ok(()), "the same TPM again");
     assert_eq!(join(&store, "h1", 2, 1, |_| {}).await, Err("id-other-ek"));
@@ -280,9 +385,8 @@ async fn ids_and_keys_belong_together() {
     assert_eq!(join(&store, "h5", 5, 5, |_| {}).await, Ok(()));
 }
 
-#[tokio::test]
-async fn withdrawn_hosts() {
-    let (_dir, store) = store().await;
+async fn withdrawn_hosts(place: &Place) {
+    let store = place.open().await;
     join(&store, "h1", 1, 1, |_| {}).await.unwrap();
     store.set_standing(&id("h1"), Standing::Revoked).await.unwrap();
     assert_eq!(store.joined(&id("h1")).await.unwrap().0, Standing::Revoked);
@@ -297,9 +401,8 @@ async fn withdrawn_hosts() {
     assert!(matches!(nobody, Err(StoreError::NoHost(_))));
 }
 
-#[tokio::test]
-async fn certificates_end_with_the_join_that_gave_them() {
-    let (_dir, store) = store().await;
+async fn certificates_end_with_the_join_that_gave_them(place: &Place) {
+    let store = place.open().await;
     for name in ["a", "b"] {
         store.create_token(&token(name), NOW).await.unwrap();
     }
@@ -316,20 +419,18 @@ async fn certificates_end_with_the_join_that_gave_them() {
     assert_eq!(store.certificate(b"none").await.unwrap(), None);
 }
 
-#[tokio::test]
-async fn addresses_move_unless_they_are_fixed() {
-    let (_dir, store) = store().await;
+async fn addresses_move_unless_they_are_fixed(place: &Place) {
+    let store = place.open().await;
     join(&store, "h1", 1, 1, |_| {}).await.unwrap();
     store.move_to(&id("h1"), "https://127.0.0.1:2").await.unwrap();
     assert_eq!(store.host(&id("h1")).await.unwrap().enrolment.url, "https://127.0.0.1:2");
-    store.driver.run("UPDATE host SET url_fixed = 1", &[]).await.unwrap();
+    join(&store, "h1", 1, 1, |t| t.url = Some("https://127.0.0.1:1".into())).await.unwrap();
     store.move_to(&id("h1"), "https://127.0.0.1:3").await.unwrap();
-    assert_eq!(store.host(&id("h1")).await.unwrap().enrolment.url, "https://127.0.0.1:2");
+    assert_eq!(store.host(&id("h1")).await.unwrap().enrolment.url, "https://127.0.0.1:1");
 }
 
-#[tokio::test]
-async fn the_audit_log_is_in_order() {
-    let (_dir, store) = store().await;
+async fn the_audit_log_is_in_order(place: &Place) {
+    let store = place.open().await;
     let entry = |n: u64| AuditEntry {
         time: TimeMs(n),
         who: "operator 0".into(),
