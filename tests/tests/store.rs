@@ -1,7 +1,14 @@
 //! What must hold of the store, whatever database is behind it: one suite, run on SQLite and on PostgreSQL.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use onequote_evidence::id::{HostId, Nonce, Sha256, TimeMs};
 use onequote_tests::lab::{Postgres, block_on};
@@ -11,10 +18,11 @@ use onequote_verifier::{
     finding::{Code, Finding},
     result::Verdict,
     store::{
-        Database, Enrolment, NonceUse, Part, Store as _, StoreError, Take, Taken,
+        Database, Enrolment, Forgotten, Limits, NonceUse, Part, Store as _, StoreError, Take, Taken,
         enrol::{AuditEntry, Claim, EnrolStore as _, IssuedCertificate, Join, Standing, Token},
     },
 };
+use sqlx::{Connection as _, PgConnection, SqliteConnection};
 
 /// Where a test has its database.
 enum Place {
@@ -29,6 +37,20 @@ impl Place {
             Self::Postgres(url) => Database::connect(url).await,
         }
         .unwrap()
+    }
+
+    /// Does what the store never would.
+    async fn execute(&self, sql: &'static str) {
+        match self {
+            Self::Sqlite(path) => {
+                let mut file = SqliteConnection::connect(path.to_str().unwrap()).await.unwrap();
+                sqlx::raw_sql(sql).execute(&mut file).await.unwrap();
+            }
+            Self::Postgres(url) => {
+                let mut server = PgConnection::connect(url).await.unwrap();
+                sqlx::raw_sql(sql).execute(&mut server).await.unwrap();
+            }
+        }
     }
 }
 
@@ -65,6 +87,9 @@ suite!(
     of_many_takes_at_once_one_is_kept,
     two_stores_on_one_database_are_one,
     one_tpm_joins_as_one_host_however_many_ask,
+    texts_of_policies_are_kept_once_and_as_long_as_somebody_has_them,
+    verifiers_know_of_each_other_while_they_are_there,
+    a_check_finds_what_cannot_be_read,
     a_nonce_serves_once,
     tokens_are_used_up,
     ids_and_keys_belong_together,
@@ -253,6 +278,54 @@ async fn two_stores_on_one_database_are_one(place: &Place) {
     assert_eq!(uses.iter().filter(|used| **used == NonceUse::Answered).count(), 9);
 }
 
+async fn texts_of_policies_are_kept_once_and_as_long_as_somebody_has_them(place: &Place) {
+    let store = place.open().await;
+    let ids: Vec<HostId> = ["h1", "h2"].map(id).to_vec();
+    for (n, host) in (1..).zip(&ids) {
+        store.enrol(&enrolment_of(host.as_str(), n), false).await.unwrap();
+        store.set_policy(host, "same", NOW).await.unwrap();
+    }
+    store.set_policy(&ids[0], "other", NOW).await.unwrap();
+    let hosts = [store.host(&ids[0]).await.unwrap(), store.host(&ids[1]).await.unwrap()];
+    assert_eq!(store.policy(&hosts[0]).await.unwrap(), Some((2, "other".into())));
+    assert_eq!(store.policy(&hosts[1]).await.unwrap(), Some((1, "same".into())));
+    let limits = Limits { challenges: TimeMs(0), audit: None };
+    assert_eq!(store.forget(&limits).await.unwrap().policies, 0, "old versions stay");
+    store.remove(&ids[1]).await.unwrap();
+    assert_eq!(store.forget(&limits).await.unwrap().policies, 0, "the first host had it too");
+    store.remove(&ids[0]).await.unwrap();
+    assert_eq!(store.forget(&limits).await.unwrap().policies, 2);
+    assert_eq!(store.policy_text(&hosts[1].policy.unwrap().digest).await.unwrap(), None);
+}
+
+async fn verifiers_know_of_each_other_while_they_are_there(place: &Place) {
+    let (a, b) = (place.open().await, place.open().await);
+    let long = Duration::from_secs(60);
+    assert_eq!(a.present("a", long).await.unwrap(), ["a"]);
+    assert_eq!(b.present("b", long).await.unwrap(), ["a", "b"]);
+    assert_eq!(a.present("a", long).await.unwrap(), ["a", "b"]);
+    assert_eq!(b.present("b", Duration::ZERO).await.unwrap(), ["a"], "it goes");
+    b.present("c", Duration::from_millis(1)).await.unwrap();
+    let alone = async || a.present("a", long).await.unwrap() == ["a"];
+    while !alone().await {
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn a_check_finds_what_cannot_be_read(place: &Place) {
+    let store = place.open().await;
+    store.enrol(&enrolment(1), false).await.unwrap();
+    let id: HostId = "h1".parse().unwrap();
+    let verdict = verdict(&id, 3);
+    store.take(Taken { part: Some(Part::Whole(b"12345")), ..taken(&id, 1, &verdict) }).await.unwrap();
+    let (words, defects) = store.check().await.unwrap();
+    assert!(words.ends_with("1 hosts, 5 bytes of evidence in 1 parts") && defects.is_empty(), "{words}, {defects:?}");
+    place.execute("UPDATE verdict SET body = (SELECT body FROM part)").await;
+    let (_, defects) = store.check().await.unwrap();
+    assert!(matches!(&defects[..], [one] if one.contains("a verdict of host h1 that cannot be read")), "{defects:?}");
+    assert!(matches!(store.host(&id).await, Err(StoreError::Content { what: "verdict", .. })));
+}
+
 async fn one_tpm_joins_as_one_host_however_many_ask(place: &Place) {
     let stores = [place.open().await, place.open().await];
     let mut tasks = tokio::task::JoinSet::new();
@@ -288,7 +361,10 @@ async fn a_nonce_serves_once(place: &Place) {
     assert_eq!(store.answer(&nonce, &"h2".parse().unwrap(), TimeMs(2)).await.unwrap(), NonceUse::Unknown);
     assert_eq!(store.answer(&nonce, &id, TimeMs(2)).await.unwrap(), NonceUse::Fresh);
     assert_eq!(store.answer(&nonce, &id, TimeMs(3)).await.unwrap(), NonceUse::Answered);
-    store.prune(TimeMs(10)).await.unwrap();
+    let limits = Limits { challenges: TimeMs(9), audit: None };
+    assert_eq!(store.forget(&limits).await.unwrap(), Forgotten::default());
+    let limits = Limits { challenges: TimeMs(10), audit: None };
+    assert_eq!(store.forget(&limits).await.unwrap(), Forgotten { challenges: 1, ..Forgotten::default() });
     assert!(!store.was_answered(&id, nonce.as_bytes()).await.unwrap());
 }
 
@@ -443,4 +519,105 @@ async fn the_audit_log_is_in_order(place: &Place) {
         store.audit(&entry(n)).await.unwrap();
     }
     assert_eq!(store.audit_log(2).await.unwrap(), [entry(2), entry(3)]);
+    let limits = Limits { challenges: TimeMs(0), audit: Some(TimeMs(3)) };
+    assert_eq!(store.forget(&limits).await.unwrap(), Forgotten { audit: 2, ..Forgotten::default() });
+    assert_eq!(store.audit_log(9).await.unwrap(), [entry(3)]);
+}
+
+/// Writes verdicts as fast as it can until it is told to stop; gives how many.
+fn keep_writing(store: &Database, id: &HostId) -> (Arc<AtomicBool>, tokio::task::JoinHandle<u64>) {
+    let (stop, store, id) = (Arc::new(AtomicBool::new(false)), store.clone(), id.clone());
+    let told = Arc::clone(&stop);
+    let writing = tokio::spawn(async move {
+        let mut version = store.version(&id).await.unwrap();
+        while !told.load(Ordering::Relaxed) {
+            let verdict = verdict(&id, version);
+            let taken = Taken { part: Some(Part::More(b"more")), ..taken(&id, version, &verdict) };
+            let Take::Kept(next) = store.take(taken).await.unwrap() else { panic!("nobody else writes") };
+            version = next;
+        }
+        version - 1
+    });
+    (stop, writing)
+}
+
+/// A copy is one state: as many parts as takes, and the last one's verdict.
+async fn is_whole(copy: &Database, id: &HostId) {
+    let (words, defects) = copy.check().await.unwrap();
+    assert!(defects.is_empty(), "{words}: {defects:?}");
+    let host = copy.host(id).await.unwrap();
+    assert!(host.version > 1);
+    assert_eq!(copy.parts(id).await.unwrap().len() as u64, host.version - 1);
+    assert_eq!(host.verdict.unwrap().time.0, host.version - 1);
+    // It goes on from there.
+    assert_eq!(take(copy, id, host.version, None).await, Take::Kept(host.version + 1));
+}
+
+#[test]
+fn a_copy_of_sqlite_in_use_is_restored_by_putting_it_in_place() {
+    let dir = tempfile::tempdir().unwrap();
+    block_on(async {
+        let store = Place::Sqlite(dir.path().join("v.sqlite")).open().await;
+        store.enrol(&enrolment(1), false).await.unwrap();
+        let id: HostId = "h1".parse().unwrap();
+        let (stop, writing) = keep_writing(&store, &id);
+        while store.version(&id).await.unwrap() < 20 {
+            tokio::task::yield_now().await;
+        }
+        let copy = dir.path().join("copy");
+        store.backup(&copy).await.unwrap();
+        assert!(store.backup(&copy).await.is_err(), "never over something that is there");
+        stop.store(true, Ordering::Relaxed);
+        writing.await.unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&copy).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+        is_whole(&Database::open(&copy).await.unwrap(), &id).await;
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_dump_of_postgresql_in_use_is_restored_into_an_empty_database() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Postgres::start_with(&["fsync=off"]).unwrap();
+    let (url, other) = (server.database("first").unwrap(), server.database("second").unwrap());
+    block_on(async {
+        let store = Database::connect(&url).await.unwrap();
+        store.enrol(&enrolment(1), false).await.unwrap();
+        let id: HostId = "h1".parse().unwrap();
+        let (stop, writing) = keep_writing(&store, &id);
+        while store.version(&id).await.unwrap() < 20 {
+            tokio::task::yield_now().await;
+        }
+        let file = dir.path().join("dump").display().to_string();
+        server.tool("pg_dump", &["--format=custom", "--file", &file, "first"])?;
+        stop.store(true, Ordering::Relaxed);
+        writing.await.unwrap();
+        server.tool("pg_restore", &["--dbname=second", "--exit-on-error", &file])?;
+        is_whole(&Database::connect(&other).await.unwrap(), &id).await;
+        let refused = store.backup(&dir.path().join("copy")).await.unwrap_err();
+        assert!(std::error::Error::source(&refused).unwrap().to_string().contains("pg_dump"), "{refused:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_server_that_is_away_is_an_error_and_then_everything_goes_on() {
+    let mut server = Postgres::start().unwrap();
+    let url = server.database("v").unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (store, id) = (runtime.block_on(Database::connect(&url)).unwrap(), "h1".parse().unwrap());
+    runtime.block_on(store.enrol(&enrolment(1), false)).unwrap();
+    assert_eq!(runtime.block_on(take(&store, &id, 1, None)), Take::Kept(2));
+    server.stop().unwrap();
+    for _ in 0..2 {
+        let away = runtime.block_on(store.take(taken(&id, 2, &verdict(&id, 3)))).unwrap_err();
+        assert!(matches!(&away, StoreError::Database { .. }), "{away:?}");
+        assert!(matches!(runtime.block_on(store.host(&id)), Err(StoreError::Database { .. })));
+    }
+    server.resume().unwrap();
+    let version = runtime.block_on(store.host(&id)).unwrap().version;
+    assert_eq!((version, runtime.block_on(take(&store, &id, 2, None))), (2, Take::Kept(3)));
 }

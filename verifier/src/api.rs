@@ -16,7 +16,11 @@
 //!
 //! There is no authentication here yet: it listens on loopback unless told otherwise.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -27,13 +31,15 @@ use axum::{
 };
 use serde::Serialize;
 use serde_json::json;
-use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle};
+use tokio::{net::TcpListener, sync::Mutex, task::JoinHandle, time::MissedTickBehavior};
 
 use onequote_evidence::id::{HostId, TimeMs};
 
 use crate::{
+    cli::database::limits,
     expectation::{self, HostTree},
     policy::Policy,
+    replicas::Replica,
     result,
     round::{Fault, Verifier, faulty},
     store::{Store, StoreError, enrol::EnrolStore},
@@ -42,10 +48,14 @@ use crate::{
 /// How often the list of enrolled hosts is read again.
 const REREAD: Duration = Duration::from_secs(2);
 
+/// How often what is old is forgotten.
+const FORGET: Duration = Duration::from_secs(3600);
+
 /// A verifier that serves.
 pub struct Server<S> {
     verifier: Verifier<S>,
     period: Duration,
+    keep_audit: Option<Duration>,
     /// One round at a time for each host.
     turns: Mutex<BTreeMap<HostId, Arc<Mutex<()>>>>,
 }
@@ -66,10 +76,10 @@ pub struct Line {
 }
 
 impl<S: EnrolStore> Server<S> {
-    /// Asks each host every `period`.
+    /// Asks each host every `period`, and forgets lines of the audit log after `keep_audit`.
     #[must_use]
-    pub fn new(verifier: Verifier<S>, period: Duration) -> Arc<Self> {
-        Arc::new(Self { verifier, period, turns: Mutex::default() })
+    pub fn new(verifier: Verifier<S>, period: Duration, keep_audit: Option<Duration>) -> Arc<Self> {
+        Arc::new(Self { verifier, period, keep_audit, turns: Mutex::default() })
     }
 
     /// Serves until `stop` is done.
@@ -81,21 +91,42 @@ impl<S: EnrolStore> Server<S> {
         listener: TcpListener,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
-        let rounds = tokio::spawn(Arc::clone(&self).watch_hosts());
+        let rounds = AbortOnDrop(tokio::spawn(Arc::clone(&self).watch_hosts()));
+        let care = AbortOnDrop(tokio::spawn(Arc::clone(&self).forget()));
         let served = axum::serve(listener, router(self)).with_graceful_shutdown(stop).await;
-        rounds.abort();
+        drop((rounds, care));
         served
     }
 
-    /// Keeps one task for each enrolled host.
-    async fn watch_hosts(self: Arc<Self>) {
-        let mut tasks: BTreeMap<HostId, AbortOnDrop> = BTreeMap::new();
-        let mut tick = tokio::time::interval(REREAD);
+    /// Forgets what is old, again and again.
+    async fn forget(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(FORGET);
         loop {
             tick.tick().await;
+            let limits = limits(self.verifier.source.now(), self.keep_audit);
+            if let Err(e) = self.verifier.store.forget(&limits).await {
+                tracing::error!(error = &e as &dyn std::error::Error, "cannot forget what is old");
+            }
+        }
+    }
+
+    /// Keeps one task for each enrolled host that is ours to ask.
+    async fn watch_hosts(self: Arc<Self>) {
+        let mut tasks: BTreeMap<HostId, AbortOnDrop> = BTreeMap::new();
+        let mut replica = Replica::new(&*self.verifier.source);
+        let mut tick = tokio::time::interval(REREAD);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            if let Err(e) = replica.beat(&self.verifier.store).await {
+                tracing::error!(error = &e as &dyn std::error::Error, "cannot say that this verifier is there");
+                continue;
+            }
             match self.verifier.store.hosts().await {
-                Ok(hosts) => {
-                    tasks.retain(|id, _| hosts.contains(id));
+                Ok(mut hosts) => {
+                    hosts.retain(|host| replica.asks(host));
+                    let ours: BTreeSet<&HostId> = hosts.iter().collect();
+                    tasks.retain(|id, _| ours.contains(id));
                     for id in hosts {
                         tasks
                             .entry(id.clone())
@@ -219,7 +250,7 @@ async fn attest<S: EnrolStore>(
     let id = host_id(&id)?;
     match server.attest(&id).await {
         Ok(verdict) => Ok(Json(verdict)),
-        Err(Fault::Store(e)) => Err(e.into()),
+        Err(Fault::Store(e @ StoreError::NoHost(_))) => Err(e.into()),
         Err(fault) => Ok(Json(faulty(&id, &fault, None, &*server.verifier.source))),
     }
 }
@@ -261,6 +292,7 @@ impl From<StoreError> for ApiError {
     fn from(e: StoreError) -> Self {
         let status = match e {
             StoreError::NoHost(_) => StatusCode::NOT_FOUND,
+            StoreError::Database { .. } => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         tracing::debug!(error = &e as &dyn std::error::Error, "request failed");
@@ -327,7 +359,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = Server::new(verifier, Duration::from_secs(60));
+        let server = Server::new(verifier, Duration::from_secs(60), None);
         let served = tokio::spawn(server.run(listener, async { stopped.await.unwrap_or_default() }));
 
         assert_eq!(request(address, "GET /healthz").await, (200, "ok\n".into()));

@@ -1,7 +1,7 @@
 //! Challenges: nonces that are asked once and answered once.
 //!
 //! A nonce is 32 random bytes, written down before it is sent. An answer marks it; a second answer is a replay. Old
-//! challenges are kept for a while after their expiry, so that old evidence is recognised as what it is.
+//! challenges are kept for [`MEMORY`] after their expiry, so that old evidence is recognised as what it is.
 
 use onequote_evidence::id::{HostId, Nonce, TimeMs};
 
@@ -14,7 +14,7 @@ use crate::{
 const SIZE: usize = 32;
 
 /// How long a challenge is remembered after its expiry, in milliseconds: a week.
-const MEMORY: u64 = 7 * 24 * 3600 * 1000;
+pub const MEMORY: u64 = 7 * 24 * 3600 * 1000;
 
 /// A challenge that was written down.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +49,5 @@ pub async fn issue<S: Store>(
     let challenge = make(source, lifetime);
     let now = source.now();
     store.issue(&challenge.nonce, host, now, challenge.expires).await?;
-    store.prune(TimeMs(now.0.saturating_sub(MEMORY))).await?;
     Ok(challenge)
 }

@@ -4,6 +4,7 @@
 //! - [`cli`], [`api`]: people and programs ask here. [`result`] is what they get.
 //! - [`round`]: one attestation of one host that is asked: [`challenge`] → [`client`] → [`intake`].
 //! - [`intake`]: the one way in for evidence: what is kept of a host at hand → [`appraise`] → [`store`].
+//! - [`replicas`]: which of several verifiers on one database asks which host.
 //! - [`enrol`]: what the operator has said of a host: its attestation key, its certificate, where it is.
 //! - [`appraise`]: evidence, the host's accepted state, policy and time in; findings, verdict and new state out. Pure.
 //! - [`policy`]: what a host and its VMs should be, as the operator wrote it, or as [`policy::learn`] proposes it.
@@ -21,6 +22,7 @@ pub mod expectation;
 pub mod finding;
 pub mod intake;
 pub mod policy;
+pub mod replicas;
 pub mod result;
 pub mod round;
 pub mod source;

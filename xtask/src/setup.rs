@@ -16,6 +16,8 @@ enum Probe {
     Library(&'static str),
     /// A shared object that the dynamic linker's usual folders have.
     Shared(&'static str),
+    /// The server programs of PostgreSQL, of any version, where Debian and Ubuntu put them, or in `PATH`.
+    PostgreSql,
     /// A package that apt can download.
     Downloadable(&'static str),
 }
@@ -44,11 +46,17 @@ const NEEDS: &[(Probe, &str)] = &[
     (Probe::Program("evmctl"), "ima-evm-utils"),
     (Probe::Program("fsverity"), "fsverity"),
     (Probe::Program("openssl"), "openssl"),
+    (Probe::PostgreSql, POSTGRESQL),
     (Probe::Downloadable("linux-image-cloud-amd64"), ""),
     (Probe::Downloadable("busybox-static"), ""),
 ];
 
 const FIRST_ALONE: &str = "qemu-system-x86";
+
+const POSTGRESQL: &str = "postgresql";
+
+/// Where Debian's packages of PostgreSQL are told whether to make and start a server of their own. The tests start theirs.
+const NO_CLUSTER: (&str, &str) = ("/etc/postgresql-common/createcluster.conf", "create_main_cluster = false\n");
 
 /// Looks for every need; as root installs what is missing.
 ///
@@ -81,8 +89,12 @@ pub(crate) fn ensure() -> Result<()> {
     if packages.contains(&FIRST_ALONE) {
         apt(&["install", "-y", "--no-install-recommends", FIRST_ALONE])?;
     }
+    if packages.contains(&POSTGRESQL) {
+        no_cluster(Path::new(NO_CLUSTER.0)).with_context(|| format!("cannot write {}", NO_CLUSTER.0))?;
+    }
     if !packages.is_empty() {
-        let mut words = vec!["install", "-y", "--no-install-recommends"];
+        // A configuration that is there stays: dpkg would ask.
+        let mut words = vec!["install", "-y", "--no-install-recommends", "-o", "Dpkg::Options::=--force-confold"];
         words.extend(&packages);
         apt(&words)?;
     }
@@ -92,6 +104,15 @@ pub(crate) fn ensure() -> Result<()> {
     }
 }
 
+/// Keeps Debian's packages from making a server, unless somebody has said what they should do.
+fn no_cluster(path: &Path) -> std::io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    std::fs::write(path, NO_CLUSTER.1)
+}
+
 fn missing() -> Vec<(Probe, &'static str)> {
     NEEDS.iter().filter(|(probe, _)| !found(*probe)).copied().collect()
 }
@@ -99,10 +120,10 @@ fn missing() -> Vec<(Probe, &'static str)> {
 fn found(probe: Probe) -> bool {
     match probe {
         Probe::File(path) => Path::new(path).exists(),
-        Probe::Program(name) => {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
-                || ["/usr/sbin", "/sbin"].iter().any(|folder| Path::new(folder).join(name).is_file())
+        Probe::Program(name) => in_path(name),
+        Probe::PostgreSql => {
+            let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+            versions.map(|version| version.path().join("bin")).any(|bin| is_server(&bin)) || in_path("initdb")
         }
         Probe::Library(name) => quietly(Command::new("pkg-config").args(["--exists", name])),
         Probe::Shared(name) => ["/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib", "/usr/local/lib"]
@@ -110,6 +131,17 @@ fn found(probe: Probe) -> bool {
             .any(|folder| Path::new(folder).join(name).exists()),
         Probe::Downloadable(name) => quietly(Command::new("apt-cache").args(["show", "--no-all-versions", name])),
     }
+}
+
+/// Whether this folder has what the tests start; a version's folder can have clients only.
+fn is_server(bin: &Path) -> bool {
+    bin.join("initdb").is_file() && bin.join("postgres").is_file()
+}
+
+fn in_path(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+        || ["/usr/sbin", "/sbin"].iter().any(|folder| Path::new(folder).join(name).is_file())
 }
 
 fn quietly(command: &mut Command) -> bool {
@@ -144,5 +176,17 @@ mod tests {
         assert!(!found(Probe::Program("no-such-program-at-all")));
         assert!(found(Probe::File("/proc/self")));
         assert!(!found(Probe::Shared("libnone-such.so")));
+    }
+
+    #[test]
+    fn a_word_on_clusters_stays() {
+        let dir = std::env::temp_dir().join(format!("onequote-setup-{}", std::process::id()));
+        let path = dir.join("common/createcluster.conf");
+        no_cluster(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), NO_CLUSTER.1);
+        std::fs::write(&path, "own").unwrap();
+        no_cluster(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "own");
+        std::fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -28,6 +28,10 @@ use crate::{
 
 const DATABASE: &str = "verifier.sqlite";
 
+/// The file with the URL of a PostgreSQL database, if that is used: a URL can have a password, and everybody on a machine can
+/// read a command line.
+const DATABASE_URL: &str = "database.url";
+
 /// The file with the address that `serve` listens on.
 const ADDRESS_FILE: &str = "serve.addr";
 
@@ -81,12 +85,43 @@ pub enum CliError {
     Usage(String),
 }
 
+/// Where the verifier keeps what it keeps.
+pub(super) struct Site {
+    folder: PathBuf,
+    /// As given on the command line.
+    database: Option<String>,
+}
+
+impl std::ops::Deref for Site {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl Site {
+    /// The URL of the PostgreSQL database: as given on the command line, else as the folder's file has it. None for the
+    /// folder's own SQLite file.
+    fn database(&self) -> Result<Option<String>, CliError> {
+        if let Some(url) = &self.database {
+            return Ok(Some(url.clone()));
+        }
+        let path = self.join(DATABASE_URL);
+        match std::fs::read_to_string(&path) {
+            Ok(url) => Ok(Some(url.trim().to_owned())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(CliError::File { doing: "cannot read", path, source }),
+        }
+    }
+}
+
 /// Carries a command out.
 ///
 /// # Errors
 /// [`CliError`]; the process should then end with 2.
 pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
-    let state = cli.state;
+    let state = Site { folder: cli.state, database: cli.database };
     let done = ExitCode::SUCCESS;
     match cli.command {
         Command::Init => {
@@ -127,6 +162,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Expectations { host, vm, json } => {
             expectations(&open(&state).await?, host, vm.as_deref(), json).await?;
         }
+        Command::Db(command) => return super::database::run(&state, command).await,
         Command::Codes => {
             let mut out = String::from("| code | what it means | what to do |\n| --- | --- | --- |\n");
             for code in Code::ALL {
@@ -138,8 +174,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, CliError> {
     Ok(done)
 }
 
-async fn serve(state: &Path, args: Serve) -> Result<(), CliError> {
-    let Serve { listen, period, lifetime, door } = args;
+async fn serve(state: &Site, args: Serve) -> Result<(), CliError> {
+    let Serve { listen, period, lifetime, keep_audit, door } = args;
     let period = Duration::from_secs(period);
     let times = Times { verdict: lifetime.map_or(period * 3, Duration::from_secs), ..Times::default() };
     let fail = |source| CliError::Listen { address: listen.to_string(), source };
@@ -149,7 +185,7 @@ async fn serve(state: &Path, args: Serve) -> Result<(), CliError> {
     }
     let verifier = verifier(state, times).await?;
     let authority = verifier.authority.clone();
-    let server = Server::new(verifier, period);
+    let server = Server::new(verifier, period, keep_audit);
     let listener = TcpListener::bind(listen).await.map_err(fail)?;
     let address = listener.local_addr().map_err(fail)?;
     let hosts = super::enrol::serve_hosts(state, door, authority, stop_signal());
@@ -182,7 +218,7 @@ async fn stop_signal() {
     }
 }
 
-async fn enrol_host(state: &Path, args: Enrol) -> Result<(), CliError> {
+async fn enrol_host(state: &Site, args: Enrol) -> Result<(), CliError> {
     let Enrol { host, ak, certificate, url, policy, software_tpm, replace } = args;
     let enrolment = enrol::read_enrolment(host.clone(), &url, &ak, &certificate, software_tpm)?;
     let policy = policy.map(|path| Policy::load(&path)).transpose()?;
@@ -251,7 +287,7 @@ async fn expectations(store: &Database, host: Option<HostId>, vm: Option<&str>, 
     say(&table::expectations(&hosts))
 }
 
-async fn verify(state: &Path, args: Verify) -> Result<ExitCode, CliError> {
+async fn verify(state: &Site, args: Verify) -> Result<ExitCode, CliError> {
     let bytes = read_evidence(&args.file)?;
     let mut ours = None;
     let mut stored = None;
@@ -326,15 +362,18 @@ fn export_quote(folder: &Path, head: &Head, key: &[u8]) -> Result<String, CliErr
     Ok(export::words(folder, &qualifying.to_string()))
 }
 
-pub(super) async fn open(state: &Path) -> Result<Database, CliError> {
+pub(super) async fn open(state: &Site) -> Result<Database, CliError> {
     if !state.join(enrol::IDENTITY_FILE).exists() {
         let path = state.join(enrol::IDENTITY_FILE);
-        return Err(EnrolError::NoIdentity { path, state: state.to_owned() }.into());
+        return Err(EnrolError::NoIdentity { path, state: state.to_path_buf() }.into());
     }
-    Ok(Database::open(&state.join(DATABASE)).await?)
+    Ok(match state.database()? {
+        Some(url) => Database::connect(&url).await?,
+        None => Database::open(&state.join(DATABASE)).await?,
+    })
 }
 
-pub(super) async fn verifier(state: &Path, times: Times) -> Result<Verifier<Database>, CliError> {
+pub(super) async fn verifier(state: &Site, times: Times) -> Result<Verifier<Database>, CliError> {
     let identity = Identity::load(state)?;
     let authority = Authority::load(state, Arc::new(System))?.map(Arc::new);
     let intake = Intake::default();

@@ -1,11 +1,6 @@
 //! Commands about enrolment: tokens, withdrawing hosts, the audit log, and the door at which hosts join.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::{Args, Subcommand};
 use onequote_evidence::{
@@ -15,7 +10,7 @@ use onequote_evidence::{
 
 use super::{
     CliError,
-    commands::{open, say, write},
+    commands::{Site, open, say, write},
     table,
 };
 use crate::{
@@ -102,7 +97,7 @@ pub(super) async fn audit(store: &Database, what: &str, host: Option<&HostId>, d
 }
 
 /// `token …`.
-pub(super) async fn token(state: &Path, command: TokenCommand) -> Result<(), CliError> {
+pub(super) async fn token(state: &Site, command: TokenCommand) -> Result<(), CliError> {
     let TokenCommand::Create(CreateToken { host, ttl, uses, software_tpm, url, replace }) = command;
     let store = open(state).await?;
     if let Some(url) = url.as_ref().filter(|url| crate::client::address(url).is_none()) {
@@ -141,7 +136,7 @@ pub(super) async fn token(state: &Path, command: TokenCommand) -> Result<(), Cli
 }
 
 /// `revoke` and `retire`.
-pub(super) async fn withdraw(state: &Path, host: &HostId, standing: Standing) -> Result<(), CliError> {
+pub(super) async fn withdraw(state: &Site, host: &HostId, standing: Standing) -> Result<(), CliError> {
     let store = open(state).await?;
     store.set_standing(host, standing).await?;
     let what = if standing == Standing::Retired { "retire" } else { "revoke" };
@@ -149,7 +144,7 @@ pub(super) async fn withdraw(state: &Path, host: &HostId, standing: Standing) ->
 }
 
 /// `audit`.
-pub(super) async fn show_audit(state: &Path, most: u32, json: bool) -> Result<(), CliError> {
+pub(super) async fn show_audit(state: &Site, most: u32, json: bool) -> Result<(), CliError> {
     let entries = open(state).await?.audit_log(most).await?;
     if json {
         let text = serde_json::to_string_pretty(&entries).map_err(std::io::Error::other)?;
@@ -160,7 +155,7 @@ pub(super) async fn show_audit(state: &Path, most: u32, json: bool) -> Result<()
 
 /// Opens the door at which hosts join, if it is wanted, and serves there until `stop` is done.
 pub(super) async fn serve_hosts(
-    state: &Path,
+    state: &Site,
     args: DoorArgs,
     authority: Option<Arc<Authority>>,
     stop: impl Future<Output = ()> + Send + 'static,

@@ -4,13 +4,14 @@
 //! call or a fault of the verifier itself, 3 when the host could not be reached.
 
 mod commands;
+pub(crate) mod database;
 mod enrol;
 mod export;
 mod firmware;
 mod policy;
 mod table;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -20,6 +21,7 @@ use onequote_evidence::{
 };
 
 pub use commands::{CliError, run};
+pub use database::DatabaseCommand;
 pub use enrol::{CreateToken, DoorArgs, TokenCommand};
 pub use policy::PolicyCommand;
 
@@ -30,6 +32,11 @@ pub struct Cli {
     /// Folder with identity and database
     #[arg(long, global = true, default_value = "/var/lib/onequote-verifier")]
     pub state: PathBuf,
+
+    /// A PostgreSQL database, postgres://USER@HOST/NAME, in place of the folder's SQLite file; for good in the folder's
+    /// database.url
+    #[arg(long, global = true, value_name = "URL")]
+    pub database: Option<String>,
 
     /// What to do
     #[command(subcommand)]
@@ -116,6 +123,9 @@ pub enum Command {
     Policy(PolicyCommand),
     /// Ask all enrolled hosts again and again, and show the verdicts as JSON over HTTP
     Serve(Serve),
+    /// Look after the database
+    #[command(subcommand)]
+    Db(DatabaseCommand),
     /// List all finding codes with what they mean and what to do, as Markdown
     Codes,
 }
@@ -132,6 +142,9 @@ pub struct Serve {
     /// Seconds that a verdict holds; three periods unless given
     #[arg(long)]
     pub lifetime: Option<u64>,
+    /// How long lines of the audit log are kept: 365d; for ever unless given
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub keep_audit: Option<Duration>,
     /// Hosts that join
     #[command(flatten)]
     pub door: DoorArgs,

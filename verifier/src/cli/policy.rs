@@ -11,7 +11,7 @@ use onequote_evidence::{
 };
 
 use super::{
-    commands::{CliError, open, read_evidence, say, verifier, write},
+    commands::{CliError, Site, open, read_evidence, say, verifier, write},
     table,
 };
 use crate::{
@@ -108,7 +108,7 @@ pub enum PolicyCommand {
 }
 
 /// Carries a policy command out.
-pub(super) async fn run(state: &Path, command: PolicyCommand) -> Result<(), CliError> {
+pub(super) async fn run(state: &Site, command: PolicyCommand) -> Result<(), CliError> {
     match command {
         PolicyCommand::Learn { host, evidence, ak, output } => {
             let facts = match (host, evidence, ak) {

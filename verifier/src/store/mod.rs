@@ -15,7 +15,7 @@ pub mod sqlite {
     pub use super::Database as Sqlite;
 }
 
-use std::future::Future;
+use std::{future::Future, time::Duration};
 
 use onequote_evidence::id::{HostId, Nonce, Sha256, TimeMs};
 
@@ -121,6 +121,26 @@ pub enum NonceUse {
     Unknown,
 }
 
+/// What is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Challenges that expired before.
+    pub challenges: TimeMs,
+    /// Lines of the audit log from before; none keeps them all.
+    pub audit: Option<TimeMs>,
+}
+
+/// How many were forgotten.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forgotten {
+    /// Challenges.
+    pub challenges: u64,
+    /// Lines of the audit log.
+    pub audit: u64,
+    /// Texts of policies that no host has or had.
+    pub policies: u64,
+}
+
 /// A store that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -189,8 +209,12 @@ pub trait Store: Send + Sync + 'static {
     /// remembered, and that of its last report.
     fn was_answered(&self, id: &HostId, nonce: &[u8]) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
-    /// Forgets challenges that expired before `before`.
-    fn prune(&self, before: TimeMs) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// Forgets what is older than these limits, and what belongs to nobody any more.
+    fn forget(&self, limits: &Limits) -> impl Future<Output = Result<Forgotten, StoreError>> + Send;
+
+    /// Says that this verifier is there for the next while, by the database's clock; with no time, that it goes. Gives the
+    /// ids of all that are there, in order.
+    fn present(&self, replica: &str, lease: Duration) -> impl Future<Output = Result<Vec<String>, StoreError>> + Send;
 
     /// A host's version, which costs less than the host.
     fn version(&self, id: &HostId) -> impl Future<Output = Result<u64, StoreError>> + Send;

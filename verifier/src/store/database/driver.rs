@@ -2,7 +2,7 @@
 //!
 //! Statements number their arguments (`$1`), and whole numbers and truth values are 64-bit integers in both.
 
-use std::future::Future;
+use std::{future::Future, time::Duration};
 
 use sqlx::{
     PgPool, Postgres, Row as _, Sqlite, SqlitePool, Transaction,
@@ -133,11 +133,19 @@ pub(super) enum Driver {
 }
 
 impl Driver {
+    /// What the two say differently.
+    pub(super) fn either<T>(&self, sqlite: T, postgres: T) -> T {
+        match self {
+            Self::Sqlite { .. } => sqlite,
+            Self::Postgres(_) => postgres,
+        }
+    }
+
     /// Begins a transaction that writes.
     pub(super) async fn begin(&self) -> Result<Tx, sqlx::Error> {
         match self {
             Self::Sqlite { write, .. } => Ok(Tx::Sqlite(write.begin_with("BEGIN IMMEDIATE").await?)),
-            Self::Postgres(pool) => Ok(Tx::Postgres(pool.begin().await?)),
+            Self::Postgres(pool) => Ok(Tx::Postgres(in_time(pool.begin()).await?)),
         }
     }
 
@@ -145,7 +153,7 @@ impl Driver {
     pub(super) async fn begin_read(&self) -> Result<Tx, sqlx::Error> {
         match self {
             Self::Sqlite { read, .. } => Ok(Tx::Sqlite(read.begin().await?)),
-            Self::Postgres(pool) => Ok(Tx::Postgres(pool.begin().await?)),
+            Self::Postgres(pool) => Ok(Tx::Postgres(in_time(pool.begin()).await?)),
         }
     }
 
@@ -153,7 +161,7 @@ impl Driver {
     pub(super) async fn run(&self, sql: &'static str, args: &[Arg<'_>]) -> Result<u64, sqlx::Error> {
         match self {
             Self::Sqlite { write, .. } => Ok(sqlite(sql, args).execute(write).await?.rows_affected()),
-            Self::Postgres(pool) => Ok(postgres(sql, args).execute(pool).await?.rows_affected()),
+            Self::Postgres(pool) => Ok(in_time(postgres(sql, args).execute(pool)).await?.rows_affected()),
         }
     }
 
@@ -161,7 +169,7 @@ impl Driver {
     pub(super) async fn rows(&self, sql: &'static str, args: &[Arg<'_>]) -> Result<Vec<Row>, sqlx::Error> {
         match self {
             Self::Sqlite { read, .. } => rows(sqlite(sql, args).fetch_all(read), Row::Sqlite).await,
-            Self::Postgres(pool) => rows(postgres(sql, args).fetch_all(pool), Row::Postgres).await,
+            Self::Postgres(pool) => rows(in_time(postgres(sql, args).fetch_all(pool)), Row::Postgres).await,
         }
     }
 
@@ -169,7 +177,7 @@ impl Driver {
     pub(super) async fn row(&self, sql: &'static str, args: &[Arg<'_>]) -> Result<Option<Row>, sqlx::Error> {
         match self {
             Self::Sqlite { read, .. } => Ok(sqlite(sql, args).fetch_optional(read).await?.map(Row::Sqlite)),
-            Self::Postgres(pool) => Ok(postgres(sql, args).fetch_optional(pool).await?.map(Row::Postgres)),
+            Self::Postgres(pool) => Ok(in_time(postgres(sql, args).fetch_optional(pool)).await?.map(Row::Postgres)),
         }
     }
 }
@@ -184,21 +192,21 @@ impl Tx {
     pub(super) async fn run(&mut self, sql: &'static str, args: &[Arg<'_>]) -> Result<u64, sqlx::Error> {
         match self {
             Self::Sqlite(tx) => Ok(sqlite(sql, args).execute(&mut **tx).await?.rows_affected()),
-            Self::Postgres(tx) => Ok(postgres(sql, args).execute(&mut **tx).await?.rows_affected()),
+            Self::Postgres(tx) => Ok(in_time(postgres(sql, args).execute(&mut **tx)).await?.rows_affected()),
         }
     }
 
     pub(super) async fn rows(&mut self, sql: &'static str, args: &[Arg<'_>]) -> Result<Vec<Row>, sqlx::Error> {
         match self {
             Self::Sqlite(tx) => rows(sqlite(sql, args).fetch_all(&mut **tx), Row::Sqlite).await,
-            Self::Postgres(tx) => rows(postgres(sql, args).fetch_all(&mut **tx), Row::Postgres).await,
+            Self::Postgres(tx) => rows(in_time(postgres(sql, args).fetch_all(&mut **tx)), Row::Postgres).await,
         }
     }
 
     pub(super) async fn row(&mut self, sql: &'static str, args: &[Arg<'_>]) -> Result<Option<Row>, sqlx::Error> {
         match self {
             Self::Sqlite(tx) => Ok(sqlite(sql, args).fetch_optional(&mut **tx).await?.map(Row::Sqlite)),
-            Self::Postgres(tx) => Ok(postgres(sql, args).fetch_optional(&mut **tx).await?.map(Row::Postgres)),
+            Self::Postgres(tx) => Ok(in_time(postgres(sql, args).fetch_optional(&mut **tx)).await?.map(Row::Postgres)),
         }
     }
 
@@ -231,7 +239,19 @@ impl Tx {
     pub(super) async fn commit(self) -> Result<(), sqlx::Error> {
         match self {
             Self::Sqlite(tx) => tx.commit().await,
-            Self::Postgres(tx) => tx.commit().await,
+            Self::Postgres(tx) => in_time(tx.commit()).await,
+        }
+    }
+}
+
+/// How long PostgreSQL may take for one statement: one that cannot be reached any more gives no error by itself.
+const STATEMENT: Duration = Duration::from_secs(30);
+
+async fn in_time<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    match tokio::time::timeout(STATEMENT, answer).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database does not answer")))
         }
     }
 }

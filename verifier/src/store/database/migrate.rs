@@ -15,7 +15,7 @@ use onequote_evidence::digest::sha256;
 const LOCK: i64 = 0x6f6e_6571_0000_0001;
 
 /// The number of the present form.
-const PRESENT: i64 = 4;
+pub(super) const PRESENT: i64 = 4;
 
 /// Steps of SQLite, counted by its `user_version`.
 const SQLITE: &[&str] = &[FIRST, ENROLMENT, EVIDENCE];
@@ -78,7 +78,8 @@ const APART: &str = "ALTER TABLE host ADD COLUMN challenge BLOB;
         host TEXT NOT NULL REFERENCES host (id) ON DELETE CASCADE, version INTEGER NOT NULL,
         digest BLOB NOT NULL REFERENCES policy_text (digest), time INTEGER NOT NULL, PRIMARY KEY (host, version)
     ) STRICT;
-    CREATE INDEX policy_version_digest ON policy_version (digest);";
+    CREATE INDEX policy_version_digest ON policy_version (digest);
+    CREATE TABLE replica (id TEXT PRIMARY KEY, until INTEGER NOT NULL) STRICT;";
 
 /// What has moved away.
 const APART_REST: &str = "DROP TABLE policy;
@@ -132,7 +133,8 @@ const POSTGRES: &str = "CREATE TABLE form (number BIGINT NOT NULL);
     CREATE TABLE audit (
         seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, time BIGINT NOT NULL, who TEXT NOT NULL,
         what TEXT NOT NULL, host TEXT, result TEXT NOT NULL, detail TEXT NOT NULL
-    );";
+    );
+    CREATE TABLE replica (id TEXT PRIMARY KEY, until BIGINT NOT NULL);";
 
 /// Brings a database to the present form, in one transaction.
 pub(super) async fn migrate(driver: &Driver) -> Result<(), StoreError> {

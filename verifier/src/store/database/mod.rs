@@ -8,6 +8,7 @@
 //!
 //! *PostgreSQL* is as durable as it was set up to be; by its defaults what was committed survives.
 
+mod care;
 mod driver;
 mod enrol;
 mod migrate;
@@ -26,7 +27,7 @@ use onequote_evidence::{
     id::{HostId, Nonce, Sha256, TimeMs},
 };
 
-use super::{Enrolment, Host, NonceUse, PolicyInForce, Store, StoreError, Take, Taken, form};
+use super::{Enrolment, Forgotten, Host, Limits, NonceUse, PolicyInForce, Store, StoreError, Take, Taken, form};
 use crate::{appraise::state::HostState, challenge::Challenge};
 use driver::{Arg, Driver, Row, Tx};
 use take::{Job, Writer};
@@ -36,7 +37,10 @@ const CONNECTIONS: u32 = 8;
 const READERS: u32 = 4;
 
 /// How long to wait for a database or for a connection.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a process waits for another that writes the same file.
+const BUSY: Duration = Duration::from_secs(20);
 
 /// The lock under which names, keys and policies change.
 const NAMES: i64 = 0x6f6e_6571_0000_0002;
@@ -60,10 +64,10 @@ impl Database {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(PATIENCE)
+            .busy_timeout(BUSY)
             .foreign_keys(true)
             .disable_statement_logging();
-        let pool = |most| SqlitePoolOptions::new().max_connections(most).acquire_timeout(PATIENCE);
+        let pool = |most| SqlitePoolOptions::new().max_connections(most).acquire_timeout(BUSY * 2);
         let write = pool(1).connect_with(options.clone()).await.map_err(failed("opening it"))?;
         let read = pool(READERS).connect_with(options).await.map_err(failed("opening it"))?;
         let driver = Driver::Sqlite { read, write };
@@ -77,12 +81,32 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            let why = "it does not begin with postgres://";
+            return Err(StoreError::Database { doing: "reading its URL", source: why.into() });
+        }
         let options: PgConnectOptions = url.parse().map_err(failed("reading its URL"))?;
         let options = options.application_name("onequote-verifier").disable_statement_logging();
         let pool = PgPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
         let driver = Driver::Postgres(pool.connect_with(options).await.map_err(failed("connecting to it"))?);
         migrate::migrate(&driver).await?;
         Ok(Self { driver, writer: None })
+    }
+
+    /// Copies a SQLite database into a new file while it is in use: one state of it, as of the copy's beginning.
+    ///
+    /// # Errors
+    /// [`StoreError`]; with PostgreSQL always, which has its own means.
+    pub async fn backup(&self, path: &Path) -> Result<(), StoreError> {
+        care::backup(&self.driver, path).await
+    }
+
+    /// Reads everything that is kept. Gives what is there in words, and what cannot be read.
+    ///
+    /// # Errors
+    /// [`StoreError`]: the database does not answer.
+    pub async fn check(&self) -> Result<(String, Vec<String>), StoreError> {
+        care::check(self).await
     }
 
     async fn begin(&self, doing: &'static str) -> Result<Tx, StoreError> {
@@ -197,9 +221,12 @@ impl Store for Database {
         Ok(!rows.map_err(failed("looking up a challenge"))?.is_empty())
     }
 
-    async fn prune(&self, before: TimeMs) -> Result<(), StoreError> {
-        let done = self.driver.run("DELETE FROM nonce WHERE expires < $1", &[number(before)]).await;
-        done.map_err(failed("forgetting old challenges")).map(|_| ())
+    async fn forget(&self, limits: &Limits) -> Result<Forgotten, StoreError> {
+        care::forget(&self.driver, limits).await
+    }
+
+    async fn present(&self, replica: &str, lease: Duration) -> Result<Vec<String>, StoreError> {
+        care::present(&self.driver, replica, lease).await
     }
 
     async fn take(&self, taken: Taken<'_>) -> Result<Take, StoreError> {
@@ -304,5 +331,14 @@ fn number(time: TimeMs) -> Arg<'static> {
 }
 
 fn failed(doing: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
-    move |e| StoreError::Database { doing, source: Box::new(e) }
+    move |e| StoreError::Database {
+        doing,
+        source: match e {
+            sqlx::Error::PoolTimedOut => {
+                format!("no connection in {} s: is it running, and can it be reached from here?", PATIENCE.as_secs())
+                    .into()
+            }
+            e => Box::new(e),
+        },
+    }
 }
