@@ -74,8 +74,11 @@ impl World {
     /// It cannot be started. Its exit code is in the result.
     pub fn verifier(&self, arguments: &[&str]) -> Result<Run> {
         let mut command = Command::new(&self.assets().verifier);
-        command.arg("--state").arg(self.verifier_state()).args(arguments);
-        Run::of(&mut command)
+        command.arg("--state").arg(self.verifier_state());
+        if let Some(url) = &self.database {
+            command.args(["--database", url]);
+        }
+        Run::of(command.args(arguments))
     }
 
     /// Makes the identities of proxy and verifier, starts the proxy, and enrols the host.

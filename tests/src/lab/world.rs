@@ -40,6 +40,8 @@ pub struct World {
     pub(crate) tpm: Option<Tpm>,
     pub(crate) settings: ProxySettings,
     pub(crate) options: Options,
+    /// The URL of the verifier's database; its folder's own file unless given.
+    pub(crate) database: Option<String>,
     assets: &'static Assets,
     folder: Option<tempfile::TempDir>,
     path: PathBuf,
@@ -91,6 +93,7 @@ impl World {
             tpm,
             settings: ProxySettings::default(),
             options,
+            database: None,
             assets,
             folder: Some(folder),
             path,
