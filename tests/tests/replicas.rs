@@ -35,7 +35,7 @@ impl Site {
         let replicas: Vec<Replica> = replicas.into_iter().collect::<Result<_>>()?;
         let doors = replicas.iter().map(Replica::door).collect::<Result<Vec<_>>>()?;
         let forwarder = Forwarder::start(doors)?;
-        world.join(forwarder.address(), &first)?;
+        world.join_at(forwarder.address(), &first)?;
         Ok(Self { replicas, forwarder, postgres })
     }
 
@@ -72,7 +72,7 @@ fn hosts_join_through_any_of_three_and_are_asked_by_one() {
         for n in 0..site.replicas.len() {
             site.forwarder.lead_to(vec![site.replicas[n].door()?]);
             let token = world.token(&["--host", World::HOST, "--software-tpm"])?;
-            world.join(site.forwarder.address(), &token).with_context(|| format!("replica {n}"))?;
+            world.join_at(site.forwarder.address(), &token).with_context(|| format!("replica {n}"))?;
         }
         let doors = site.replicas.iter().map(Replica::door).collect::<Result<Vec<_>>>()?;
         site.forwarder.lead_to(doors);
@@ -162,10 +162,7 @@ fn rounds_of_one_host_by_three_verifiers_at_once_lose_nothing() {
             let killed = &killed;
             let asking = scope.spawn(move || killed.ask(ATTEST));
             world.wait_until("its challenge", LIMIT, |_| Ok((site.count(challenges)? > before).then_some(())))?;
-            nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(process.try_into()?),
-                nix::sys::signal::Signal::SIGKILL,
-            )?;
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.try_into()?), nix::sys::signal::Signal::SIGKILL)?;
             let answer = asking.join().expect("no panic");
             ensure!(answer.is_err(), "it answered: {answer:?}");
             Ok(())

@@ -194,7 +194,7 @@ impl World {
     ///
     /// # Errors
     /// The verifier refuses.
-    pub fn join(&self, door: SocketAddr, token: &str) -> Result<()> {
+    pub fn join_at(&self, door: SocketAddr, token: &str) -> Result<()> {
         let file = self.folder().join("token");
         fs::write(&file, format!("{token}\n"))?;
         let url = format!("https://{door}");

@@ -7,6 +7,7 @@ mod looks;
 mod numbers;
 mod rounds;
 mod starts;
+mod store;
 
 use std::fs;
 use std::path::PathBuf;
@@ -35,7 +36,7 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 13] = [
+const BENCHES: [(&str, Bench); 14] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
@@ -47,6 +48,7 @@ const BENCHES: [(&str, Bench); 13] = [
     ("gate", starts::gate),
     ("looks", looks::cost),
     ("many-vms", starts::many),
+    ("store", store::takes),
     ("entries-bound", guests::bound),
     ("entries-distinct", guests::distinct),
 ];
