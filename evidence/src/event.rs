@@ -160,6 +160,8 @@ event_bodies! {
     UnmanagedVm = "unmanaged-vm",
     /// The log does not cover everything.
     LogGap = "log-gap",
+    /// The log goes on in a new file.
+    LogSegment = "log-segment",
     /// A guest's shim connected.
     GuestHello = "guest-hello",
     /// Entries of a guest's IMA list arrived.

@@ -7,6 +7,9 @@
 //! history of record 0 ──► record 0 ──► record 1 ──► …      each extends one register in every bank
 //! ```
 //!
+//! The host may have dropped the beginning of a long log. What is left begins with a record whose one event, `log-segment`,
+//! holds the registers' values before it: a replay can start there, too.
+//!
 //! A log proves nothing by itself. It is believed only up to the record after which its [`Replay`] has the register
 //! values of a quote; and its history only if the caller knows the start otherwise (zeros after a TPM reset, or the
 //! value that the firmware's event log gives).
@@ -14,7 +17,7 @@
 use crate::{
     Malformed,
     digest::HashAlg,
-    event::{Event, EventBody, ProxyStart},
+    event::{Event, EventBody, LogSegment, ProxyStart},
     pcr::{self, Register, Registers},
     record::Record,
 };
@@ -52,9 +55,12 @@ pub enum LogErrorKind {
     /// It does not have one digest for each bank of the log.
     #[error("its banks are not those of the log's start")]
     Banks,
-    /// Record 0 does not begin with a usable `proxy-start`.
-    #[error("the log does not begin with a proxy-start that fits: {0}")]
+    /// Record 0 does not begin with a usable `proxy-start`, or the first record that is there with a usable `log-segment`.
+    #[error("the log does not begin with a proxy-start or log-segment that fits: {0}")]
     NoStart(&'static str),
+    /// A `log-segment` does not say what the records before it gave.
+    #[error("its log-segment does not follow from the records before it")]
+    Segment,
 }
 
 impl LogError {
@@ -78,6 +84,13 @@ impl<'a> LogReader<'a> {
     #[must_use]
     pub fn new(bytes: &'a [u8], first: u64) -> Self {
         Self { bytes, offset: 0, next: first, failed: false }
+    }
+
+    /// Reads records from `bytes`, whose first one may have any number: a log without its beginning.
+    #[must_use]
+    pub fn anywhere(bytes: &'a [u8]) -> Self {
+        let first = Record::parse_first(bytes).map_or(0, |(record, _)| record.recnum);
+        Self::new(bytes, first)
     }
 
     /// Bytes read so far as whole records.
@@ -109,31 +122,41 @@ impl Iterator for LogReader<'_> {
     }
 }
 
+const SEGMENT: &[u8] = b"log-segment";
+
 /// The registers' values after a log's first records. The caller must trust the history that it started from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replay {
     start: ProxyStart,
     banks: Vec<HashAlg>,
     registers: Registers,
+    first: u64,
+    /// Number of the segment that the last record is in.
+    segment: u64,
     len: u64,
 }
 
 impl Replay {
-    /// Starts with record 0 of an epoch and takes it in.
+    /// Starts with record 0 of an epoch, or with the first record of a later segment, and takes it in.
     ///
     /// # Errors
-    /// [`LogError`] when it is not a record that begins a log.
+    /// [`LogError`] when it is not a record that begins a log or a segment.
     pub fn begin(record: &Record) -> Result<Self, LogError> {
-        let fail = |kind| LogError { recnum: 0, offset: 0, kind };
+        let fail = |kind| LogError { recnum: record.recnum, offset: 0, kind };
         let no_start = |why| fail(LogErrorKind::NoStart(why));
-        if record.recnum != 0 {
-            return Err(fail(LogErrorKind::OutOfOrder { found: record.recnum }));
-        }
-        let events = record.events().map_err(|e| fail(LogErrorKind::Malformed(e)))?;
-        let Some(Event { body: EventBody::ProxyStart(start), .. }) = events.into_iter().next() else {
-            return Err(no_start("its first event is another"));
+        let mut events = record.events().map_err(|e| fail(LogErrorKind::Malformed(e)))?.into_iter();
+        let (start, registers, segment) = match (record.recnum, events.next(), events.next()) {
+            (0, Some(Event { body: EventBody::ProxyStart(start), .. }), _) => {
+                let registers = pcr::from_list(&start.history).ok_or_else(|| no_start("its history is not one"))?;
+                (start, registers, 0)
+            }
+            (0, ..) => return Err(no_start("its first event is another")),
+            (_, Some(Event { body: EventBody::LogSegment(body), .. }), None) if body.number > 0 => {
+                let registers = pcr::from_list(&body.registers).ok_or_else(|| no_start("its registers are none"))?;
+                (body.start, registers, body.number)
+            }
+            (found, ..) => return Err(fail(LogErrorKind::OutOfOrder { found })),
         };
-        let registers = pcr::from_list(&start.history).ok_or_else(|| no_start("its history is not one"))?;
         let banks: Vec<HashAlg> = record.digests.keys().copied().collect();
         let expected: Vec<Register> = banks
             .iter()
@@ -143,9 +166,12 @@ impl Replay {
             })
             .collect();
         if start.pcr_vm == start.pcr_guest || !registers.keys().eq(&expected) {
-            return Err(no_start("its history does not have both registers in each bank"));
+            return Err(no_start("it does not have both registers in each bank"));
         }
-        let mut replay = Self { start, banks, registers, len: 0 };
+        let first = record.recnum;
+        // The segment's own record is taken in as one that follows.
+        let before = segment.saturating_sub(1);
+        let mut replay = Self { start, banks, registers, first, segment: before, len: first };
         replay.apply(record)?;
         Ok(replay)
     }
@@ -168,16 +194,42 @@ impl Replay {
         if !record.digests_match() {
             return fail(LogErrorKind::DigestMismatch);
         }
+        let Some(segment) = self.segment_of(record) else { return fail(LogErrorKind::Segment) };
         for (&bank, digest) in &record.digests {
             if let Some(value) = self.registers.get_mut(&Register { bank, pcr: record.pcr }) {
                 pcr::extend(bank, value, &digest.0);
             }
         }
         self.len += 1;
+        self.segment = segment;
         Ok(())
     }
 
-    /// The event that the log began with.
+    /// The segment that a next record is in; none when it has a `log-segment` that does not follow.
+    fn segment_of(&self, record: &Record) -> Option<u64> {
+        // Spares reading most records: one with this event holds its name.
+        if !record.content.0.windows(SEGMENT.len()).any(|part| part == SEGMENT) {
+            return Some(self.segment);
+        }
+        // Content that is no list of events is for others to report.
+        let events = record.events().unwrap_or_default();
+        let mut segments = events.iter().filter_map(|event| match &event.body {
+            EventBody::LogSegment(body) => Some(body),
+            _ => None,
+        });
+        match segments.next() {
+            None => Some(self.segment),
+            Some(body) => (events.len() == 1 && self.is_next(body)).then_some(body.number),
+        }
+    }
+
+    fn is_next(&self, body: &LogSegment) -> bool {
+        body.number == self.segment + 1
+            && body.start == self.start
+            && pcr::from_list(&body.registers).as_ref() == Some(&self.registers)
+    }
+
+    /// The event that the log began with; as the segment's first record says, where the beginning is not there.
     #[must_use]
     pub fn start(&self) -> &ProxyStart {
         &self.start
@@ -195,9 +247,21 @@ impl Replay {
         &self.registers
     }
 
-    /// Number of records taken in.
+    /// Number of the record that the replay started with: 0, unless the log's beginning is not there.
     #[must_use]
-    #[allow(clippy::len_without_is_empty, reason = "a replay is never empty: it begins with record 0")]
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// Number of the segment that the last record is in.
+    #[must_use]
+    pub fn segment(&self) -> u64 {
+        self.segment
+    }
+
+    /// Number of records of the epoch up to the last one taken in, those before [`Replay::first`] included.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a replay is never empty: it begins with a record")]
     pub fn len(&self) -> u64 {
         self.len
     }

@@ -36,12 +36,13 @@ use crate::{
     inventory::Inventory,
     join::{self, Done, JoinError, Members, Membership, Wish},
     log::{
-        FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig, RecorderError,
-        StoreError,
+        Acknowledged, FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig,
+        RecorderError, StoreError, remembered,
     },
     measure, notify,
     serve::{
-        AskError, Deleting, Doors, ReadPast, TlsListener, publish_address, serve_admin, serve_verifiers, tell_json,
+        AskError, Deleting, Doors, ReadPast, Releasing, TlsListener, publish_address, serve_admin, serve_verifiers,
+        tell_json,
     },
     sink::{BoxFuture, EventSink, SinkError},
     status::{LiveStatus, StatusSource},
@@ -188,6 +189,9 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     fs::write(&ak, &tpm.ak_public).map_err(io_error(ak.display().to_string()))?;
     let members = Members::new(&config, identity, &memberships, log.clone(), now)?;
 
+    let enrolled = config.verifiers.iter().map(|v| v.name.clone()).chain(memberships.iter().map(|m| m.name.clone()));
+    let acknowledged = Arc::new(Acknowledged::open(&config.log_dir(), log.head()?.epoch, enrolled.collect()));
+
     let guest_sink: Arc<dyn EventSink> = Arc::new(LogSink { log: log.clone(), role: PcrRole::Guest });
     let limits =
         guest::Limits { entries: config.guest.max_entries, bytes: config.guest.max_bytes, ..guest::Limits::default() };
@@ -233,6 +237,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         clock: now,
         firmware_log: config.firmware_log(),
         ima_list: config.host.ima_list.clone(),
+        acknowledged: Some(Arc::clone(&acknowledged)),
     }
     .start();
     let deleting = Deleting {
@@ -244,9 +249,17 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         },
         past: past_vms(config.log_dir(), log.clone()),
     };
-    let status: Arc<dyn StatusSource> =
-        Arc::new(LiveStatus { host: config.host_id.clone(), log: log.clone(), inventory, registry, room, digester });
-    let doors = Doors { attest, status };
+    let status: Arc<dyn StatusSource> = Arc::new(LiveStatus {
+        host: config.host_id.clone(),
+        log: log.clone(),
+        inventory,
+        registry,
+        room,
+        acknowledged: Arc::clone(&acknowledged),
+        digester,
+    });
+    let releasing = Releasing { acknowledged, log: log.clone() };
+    let doors = Doors { attest, status, releasing };
     let (admin, admin_doors, joining) = (config.admin_socket(), doors.clone(), Arc::clone(&members));
     tasks.spawn(async move {
         let served = serve_admin(&admin, admin_doors, commanded, deleting, joining).await;
@@ -324,6 +337,7 @@ async fn start_recorder(
         quoted_pcrs: QUOTED_PCRS.to_vec(),
         quoted_banks: vec![HashAlg::Sha256],
         inventory: Arc::clone(inventory),
+        segment_bytes: config.log.segment_bytes,
         now: Box::new(now),
         new_epoch_id: Box::new(|| EpochId(rand::random())),
     };
@@ -378,7 +392,11 @@ fn past_vms(dir: PathBuf, log: LogHandle) -> ReadPast {
         for epoch in folder.epochs()? {
             let current = epoch == head.epoch.number;
             let records = if current { head.log_len } else { u64::MAX };
-            for record in RecordStream::new(&folder, epoch, 0, 0).take(usize::try_from(records).unwrap_or(usize::MAX)) {
+            past.begin_epoch(&remembered(&folder, epoch)?);
+            for record in RecordStream::oldest(&folder, epoch)? {
+                if record.as_ref().is_ok_and(|record| record.recnum >= records) {
+                    break;
+                }
                 let events = record.map(|record| record.events());
                 match events {
                     Ok(Ok(events)) => events.iter().for_each(|event| past.apply(event)),

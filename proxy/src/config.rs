@@ -69,6 +69,9 @@ pub struct Config {
     /// The host's own logs.
     #[serde(default)]
     pub host: Host,
+    /// The measurement log.
+    #[serde(default)]
+    pub log: Log,
 }
 
 /// The TPM.
@@ -209,6 +212,23 @@ pub struct Host {
     pub ima_list: Option<PathBuf>,
 }
 
+/// The measurement log.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// From which size on, in bytes, a file of the log is long enough for a next one to begin.
+    pub segment_bytes: u64,
+}
+
+/// The least that a segment may be asked to hold: a few records with their digests.
+const MIN_SEGMENT: u64 = 4096;
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { segment_bytes: 8 * 1024 * 1024 }
+    }
+}
+
 impl Default for Intercept {
     fn default() -> Self {
         let clients = intercept::Limits::default().clients;
@@ -302,6 +322,9 @@ impl Config {
         }
         if self.intercept.as_ref().is_some_and(|i| i.clients == 0) {
             return bad("intercept.clients", "0 clients can do nothing; leave the section out".to_owned());
+        }
+        if self.log.segment_bytes < MIN_SEGMENT {
+            return bad("log.segment_bytes", format!("{} is less than {MIN_SEGMENT}", self.log.segment_bytes));
         }
         // A Unix socket's path has at most 107 bytes (Linux `struct sockaddr_un`).
         if self.vms_dir().as_os_str().len() > 80 {

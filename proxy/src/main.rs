@@ -10,7 +10,7 @@ use onequote_proxy::{
     app,
     cli::{
         Cli, Command, End, VmCommandError, delete_vm, end_vm, export_ima, ignore_closed_pipe, list_vms, print_log,
-        print_status, retry_vm,
+        print_status, release, retry_vm,
     },
     config::Config,
     join::Wish,
@@ -73,6 +73,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status { json } => {
             let printed = runtime()?.block_on(print_status(&config.admin_socket(), json, &mut io::stdout().lock()));
             Ok(ignore_closed_pipe(printed)?)
+        }
+        Command::Release { verifier } => {
+            Ok(runtime()?.block_on(release(&config.admin_socket(), &verifier, &mut io::stderr().lock()))?)
         }
         Command::Log { json, epoch } => {
             Ok(print_log(&config.log_dir(), epoch, json, &mut io::BufWriter::new(io::stdout().lock()))?)

@@ -15,7 +15,7 @@ use crate::{
     guest::Room,
     intercept::DoorStatus,
     inventory::Inventory,
-    log::LogHandle,
+    log::{Acknowledged, Acknowledgement, LogHandle, LogPlace},
     measure::{Digester, Reading},
     rate,
     vm::{Registry, SocketTrouble, Stage, UnmanagedProcess},
@@ -32,6 +32,12 @@ pub struct Status {
     pub epoch: Option<Epoch>,
     /// Records in the log.
     pub log_len: u64,
+    /// Its size in bytes, with what was dropped of it.
+    pub log_bytes: u64,
+    /// Where the files that it is in begin, oldest first.
+    pub segments: Vec<LogPlace>,
+    /// How much of it each verifier has accepted.
+    pub verifiers: Vec<Acknowledgement>,
     /// The TPM, for people.
     pub tpm: String,
     /// Whether the TPM is software: no root of trust.
@@ -103,6 +109,8 @@ pub struct LiveStatus {
     pub registry: Registry,
     /// The guests.
     pub room: Arc<Room>,
+    /// What verifiers have accepted.
+    pub acknowledged: Arc<Acknowledged>,
     /// What computes digests.
     pub digester: Digester,
 }
@@ -136,7 +144,10 @@ impl StatusSource for LiveStatus {
             host: self.host.clone(),
             version: env!("CARGO_PKG_VERSION"),
             epoch: head.as_ref().map(|head| head.epoch),
-            log_len: head.map_or(0, |head| head.log_len),
+            log_len: head.as_ref().map_or(0, |head| head.log_len),
+            log_bytes: head.map_or(0, |head| head.bytes),
+            segments: self.log.segments(),
+            verifiers: self.acknowledged.all(),
             tpm: tpm.as_ref().map(|tpm| tpm.model.to_string()).unwrap_or_default(),
             software_tpm: tpm.is_some_and(|tpm| tpm.software),
             quotes: self.log.quotes(),

@@ -7,7 +7,7 @@
 use std::{fs, path::PathBuf};
 
 use onequote_proxy::{
-    config::{Config, Guest, Intercept},
+    config::{Config, Guest, Intercept, Log},
     vm::References,
 };
 
@@ -74,6 +74,7 @@ fn every_key_of_the_configuration_is_there() {
         "[intercept]",
         "[guest]",
         "[host]",
+        "[log]",
         "",
     ] {
         let lines = text.lines().map(|line| match line.starts_with(section) && !section.is_empty() {
@@ -100,6 +101,8 @@ fn values_of_keys_that_are_left_out() {
     assert!(least.tpm.ak_handle.is_none() && least.tpm.ek.is_none() && least.tpm.ek_certificate.is_none());
     assert_eq!(told.vms.look_ms, least.vms.look_ms);
     assert_eq!(told.vms.looks_per_second, least.vms.looks_per_second);
+    let Log { segment_bytes } = least.log;
+    assert_eq!(told.log.segment_bytes, segment_bytes);
     let Guest { port, vsock, unix, collect_ms, max_entries, max_bytes } = least.guest;
     let guest = told.guest;
     assert_eq!((guest.port, guest.vsock, guest.unix, guest.collect_ms), (port, vsock, unix, collect_ms));

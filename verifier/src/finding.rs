@@ -210,6 +210,12 @@ codes! {
     LogHistory = "log-history", History,
         "The log's registers were not empty when the log began, and nothing that the policy knows explains what they held.",
         "If a boot stub extends them, put what it measured into stub under host.firmware, or their values into history.";
+    LogSegmentStart = "log-segment-start", History,
+        "The log's beginning was dropped before this verifier had it: what it said cannot be appraised here.",
+        "Expected of a verifier that is new, or has lost its state: reboot the host, or allow it with dropped_records in the policy.";
+    LogDropped = "log-dropped", Evidence,
+        "Records are gone that this verifier had not accepted yet, and for which the proxy should have waited.",
+        "If nobody released this verifier at the proxy, treat the host as hostile. A new epoch, after a reboot, ends it.";
     EpochRollback = "epoch-rollback", Evidence,
         "The log's epoch is older than the one last accepted.",
         "Somebody put back an old log; treat the host as hostile.";

@@ -272,7 +272,12 @@ impl<S: EnrolStore> Verifier<S> {
         match &known.kept {
             _ if known.ask_all => Ok(Have::default()),
             Some(kept) => Ok(Have { statement: Some(*kept.statement()), ..Have::default() }),
-            None => Ok(self.kept_logs(&known.enrolment.id).await?.map(|logs| logs.have()).unwrap_or_default()),
+            None => {
+                let logs = self.kept_logs(&known.enrolment.id).await?;
+                // What was accepted is all there, so its statement names it as well.
+                let statement = known.state.accepted.as_ref().and_then(|accepted| accepted.statement);
+                Ok(logs.map(|logs| Have { statement, ..logs.have() }).unwrap_or_default())
+            }
         }
     }
 
@@ -448,6 +453,8 @@ impl<S: EnrolStore> Verifier<S> {
             });
             match joined {
                 Some(joined) => logs = Arc::new(joined),
+                // The host has dropped the beginning of its log, and it is not here either.
+                None if logs.records.first > 0 && logs.begin() => {}
                 None if known.ask_all => {
                     let finding = appraise::malformed(&"a log does not begin at its start");
                     return Ok(Some(Written::failed(self.without_evidence(known, finding).await?)));

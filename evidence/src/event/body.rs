@@ -207,6 +207,19 @@ bodies! {
         #[n(10)] pub path: Option<String>,
     }
 
+    /// The log goes on in a new file. Alone in its record, which is the first of that file: who has the log from there on
+    /// knows whose it is and what the registers held, and replays the rest.
+    pub struct LogSegment {
+        /// Which segment of the epoch this is. The one that `proxy-start` begins is 0.
+        #[n(0)] pub number: u64,
+        /// The `proxy-start` that the epoch's log began with.
+        #[n(1)] pub start: ProxyStart,
+        /// The values of both registers in every active bank before this record.
+        #[cbor(n(2), decode_with = "at_most::<MAX_REGISTERS, _, _>")] pub registers: Vec<RegisterValue>,
+        /// SHA-256 of the proxy's own snapshot of what the records before say, kept beside the file.
+        #[n(3)] pub snapshot: Sha256,
+    }
+
     /// A VM was found or launched.
     pub struct VmCreate {
         /// The VM's name on this host.

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     digest::FileDigest,
-    event::{GuestEntries, Image, Role, VmPause, VmRef, VmStart},
+    event::{GuestEntries, Image, LogSegment, Role, VmPause, VmRef, VmStart},
     id::{BootId, Epoch, EpochId, SessionId, Sha256, TimeMs, VmId},
     pcr::RegisterValue,
 };
@@ -204,4 +204,55 @@ fn a_record_over_the_limit_is_not_taken_for_a_torn_one() {
     let content = crate::id::Blob(vec![7; crate::record::MAX_RECORD]);
     let record = Record { recnum: 0, pcr: 12, digests: Default::default(), content };
     assert!(!Record::parse_first(&record.to_bytes()).unwrap_err().is_truncated());
+}
+
+/// A log that goes on in a new segment behind each of these many records; gives where segments begin.
+fn in_segments(parts: &[Vec<Record>]) -> (Vec<Record>, Vec<usize>) {
+    let (mut log, mut starts) = (vec![Record::new(0, 12, &BANKS, &[start_event(&BANKS)])], vec![0]);
+    let add = |log: &mut Vec<Record>, pcr: u8, events: &[Event]| {
+        log.push(Record::new(log.len() as u64, pcr, &BANKS, events));
+    };
+    for (number, part) in (1..).zip(parts) {
+        part.iter().for_each(|record| add(&mut log, record.pcr, &record.events().unwrap()));
+        let so_far = replay(&bytes(&log)).unwrap();
+        let registers = pcr::to_list(so_far.registers());
+        let body = LogSegment { number, start: so_far.start().clone(), registers, snapshot: Sha256::ZERO };
+        starts.push(log.len());
+        add(&mut log, 12, &[Event { time: TimeMs(1), vm: None, body: body.into() }]);
+    }
+    (log, starts)
+}
+
+proptest! {
+    #[test]
+    fn a_log_replays_from_each_of_its_segments(parts in prop::collection::vec(any_log(), 1..4), flip in any::<(u16, u8)>()) {
+        let parts: Vec<Vec<Record>> = parts.into_iter().map(|part| part[1..].to_vec()).collect();
+        let (log, starts) = in_segments(&parts);
+        let whole = replay(&bytes(&log)).unwrap();
+        prop_assert_eq!((whole.first(), whole.segment()), (0, parts.len() as u64));
+        for (number, &start) in starts.iter().enumerate().skip(1) {
+            let rest = bytes(&log[start..]);
+            let mut records = LogReader::anywhere(&rest).map(|record| record.unwrap());
+            let mut cut = Replay::begin(&records.next().unwrap()).unwrap();
+            prop_assert_eq!((cut.first(), cut.segment()), (start as u64, number as u64));
+            records.for_each(|record| cut.apply(&record).unwrap());
+            prop_assert_eq!(cut.registers(), whole.registers());
+            prop_assert_eq!((cut.len(), cut.start(), cut.segment()), (whole.len(), whole.start(), whole.segment()));
+
+            // A changed bit is refused, or changes what comes out.
+            let mut changed = rest.clone();
+            let at = usize::from(flip.0) % changed.len();
+            changed[at] ^= 1 << (flip.1 % 8);
+            let mut records = LogReader::anywhere(&changed);
+            let again = records.next().unwrap().and_then(|record| Replay::begin(&record)).and_then(|mut replay| {
+                records.try_for_each(|record| replay.apply(&record?))?;
+                Ok(replay)
+            });
+            prop_assert!(again.is_err() || again.unwrap() != cut, "byte {} of the rest from {}", at, start);
+        }
+        // Nothing else begins a log.
+        for at in (1..log.len()).filter(|at| !starts.contains(at)) {
+            prop_assert!(Replay::begin(&log[at]).is_err());
+        }
+    }
 }

@@ -70,24 +70,28 @@ impl Gen {
     }
 }
 
+/// A start of a proxy.
+fn proxy_start(g: &mut Gen) -> ProxyStart {
+    ProxyStart {
+        host: "host-1".parse().unwrap(),
+        epoch: Epoch { number: g.u64(), id: EpochId(g.bytes()) },
+        boot_id: BootId(g.bytes()),
+        version: g.text(),
+        binary: Some(g.digest()),
+        history: vec![g.register(HashAlg::Sha256, 12), g.register(HashAlg::Sha256, 13)],
+        pcr_vm: 12,
+        pcr_guest: 13,
+        reset_count: g.u32(),
+        restart_count: g.u32(),
+        path: Some(g.text()),
+    }
+}
+
 /// One body of every kind, in the order of [`EventBody::KINDS`].
 pub(crate) fn bodies(g: &mut Gen) -> Vec<EventBody> {
     let components = vec![g.component(Role::Kernel), g.component(Role::KernelCmdline)];
     vec![
-        ProxyStart {
-            host: "host-1".parse().unwrap(),
-            epoch: Epoch { number: g.u64(), id: EpochId(g.bytes()) },
-            boot_id: BootId(g.bytes()),
-            version: g.text(),
-            binary: Some(g.digest()),
-            history: vec![g.register(HashAlg::Sha256, 12), g.register(HashAlg::Sha256, 13)],
-            pcr_vm: 12,
-            pcr_guest: 13,
-            reset_count: g.u32(),
-            restart_count: g.u32(),
-            path: Some(g.text()),
-        }
-        .into(),
+        proxy_start(g).into(),
         VmCreate {
             name: g.text(),
             pid: g.u32(),
@@ -142,6 +146,13 @@ pub(crate) fn bodies(g: &mut Gen) -> Vec<EventBody> {
         ConfigChange { what: g.text(), before: g.text(), after: g.text(), images: vec![g.image()] }.into(),
         UnmanagedVm { pid: g.u32(), program: g.text(), arguments: g.text() }.into(),
         LogGap { reason: GapReason::MonitorLost, detail: g.text() }.into(),
+        LogSegment {
+            number: g.u64(),
+            start: proxy_start(g),
+            registers: vec![g.register(HashAlg::Sha256, 12)],
+            snapshot: g.sha256(),
+        }
+        .into(),
         GuestHello { boot: g.u32(), boot_id: BootId(g.bytes()), hash_size: 20, count: g.u64() }.into(),
         GuestEntries { boot: g.u32(), first: g.u64(), count: g.u64(), aggregate: g.sha256() }.into(),
         GuestLost { boot: g.u32(), reason: g.text(), count: g.u64() }.into(),

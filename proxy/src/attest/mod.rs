@@ -25,6 +25,7 @@ use std::{
 
 use hyper::body::Bytes;
 use onequote_evidence::{
+    digest::sha256,
     event::VmRef,
     id::{Blob, HostId, Nonce, TimeMs},
     nonce_tree, pcr,
@@ -41,7 +42,7 @@ use pieces::Logs;
 use crate::{
     guest::{Lists, Room},
     inventory::Inventory,
-    log::{LogHandle, LogHead, RecorderError},
+    log::{Acknowledged, LogHandle, LogHead, RecorderError},
     sink::BoxFuture,
 };
 
@@ -120,6 +121,8 @@ pub struct Attester {
     pub firmware_log: Option<PathBuf>,
     /// The host's IMA list, if it has one.
     pub ima_list: Option<PathBuf>,
+    /// Told of each statement, so that a verifier that accepts it has acknowledged its log; none where nothing is dropped.
+    pub acknowledged: Option<Arc<Acknowledged>>,
 }
 
 /// QEMU processes as they are now, whatever the log says.
@@ -260,6 +263,9 @@ impl Attester {
             .await
             .map_err(|e| AttestError::Recorder(Arc::new(e)))?;
         let (statement, bytes) = statement.await.map_err(|_| AttestError::Closed)?;
+        if let Some(acknowledged) = &self.acknowledged {
+            acknowledged.quoted(sha256(&[&bytes]), quoted.head.place());
+        }
         let quote = Quote {
             statement: Blob(bytes),
             attest: Blob(quoted.quote.attest),

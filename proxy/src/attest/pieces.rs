@@ -21,6 +21,8 @@ pub(super) struct Logs {
     firmware: Vec<u8>,
     host_ima: Vec<u8>,
     records: Vec<u8>,
+    /// Bytes of the measurement log that were dropped before them.
+    dropped: u64,
     lists: Lists,
 }
 
@@ -30,7 +32,7 @@ impl Attester {
         let firmware = read_host_log(self.firmware_log.clone()).await?;
         let host_ima = read_host_log(self.ima_list.clone()).await?;
         let mut records = Vec::new();
-        let mut next = 0;
+        let mut next = head.first.records;
         while next < head.log_len {
             let chunk = self.log.records(head.epoch.number, next, head.log_len, PIECE_TARGET).await;
             let chunk = chunk.map_err(|e| AttestError::Recorder(Arc::new(e)))?;
@@ -41,7 +43,8 @@ impl Attester {
             let key = VmRef { vm: vm.vm, session: vm.session };
             vm.boots.iter().map(move |boot| (key, boot.boot, boot.count))
         });
-        Ok(Logs { firmware, host_ima, records, lists: self.room.lists(wanted.collect()).await })
+        let dropped = head.first.bytes;
+        Ok(Logs { firmware, host_ima, records, dropped, lists: self.room.lists(wanted.collect()).await })
     }
 }
 
@@ -60,11 +63,13 @@ impl Logs {
         for (kind, log, known) in [
             (Item::Firmware as fn(_) -> Item, &self.firmware, have.firmware),
             (Item::HostIma, &self.host_ima, have.host_ima),
-            (Item::Records, &self.records, have.records),
         ] {
             let had = Known::bytes_of(known, log);
             out.push_log(kind, had as u64, &log[had..]);
         }
+        // A beginning that was dropped cannot be told by its digest any more: the verifier puts the rest behind it.
+        let had = if self.dropped == 0 { Known::bytes_of(have.records, &self.records) } else { 0 };
+        out.push_log(Item::Records, self.dropped + had as u64, &self.records[had..]);
         let dictionary = &self.lists.dictionary;
         let had = Known::entries_of(have.dictionary, dictionary);
         out.push_dictionary(had as u64, dictionary[had..].iter().map(|entry| Blob(entry.to_vec())));

@@ -25,7 +25,7 @@ pub fn print_log(folder: &Path, epoch: Option<u64>, json: bool, out: &mut dyn Wr
         None => folder.epochs()?.last().copied().ok_or(RecorderError::NoLog)?,
     };
     let mut first = true;
-    for record in RecordStream::new(&folder, epoch, 0, 0) {
+    for record in RecordStream::oldest(&folder, epoch)? {
         let record = record?;
         let written = if json { write_json(&record, first, out) } else { write_text(&record, out) };
         first = false;
@@ -123,6 +123,9 @@ fn write_event(event: &Event, out: &mut dyn Write) -> io::Result<()> {
         }
         EventBody::UnmanagedVm(b) => line(format!("pid {} {} {}", b.pid, b.program, b.arguments)),
         EventBody::LogGap(b) => line(format!("{}: {}", b.reason, b.detail)),
+        EventBody::LogSegment(b) => {
+            line(format!("segment {} of epoch {}, snapshot {}", b.number, b.start.epoch.number, b.snapshot))
+        }
         EventBody::GuestHello(b) => line(format!("boot {} boot id {} from entry {}", b.boot, b.boot_id, b.count)),
         EventBody::GuestEntries(b) => {
             line(format!("boot {} entries {} to {}  {}", b.boot, b.first, b.first + b.count - 1, b.aggregate))

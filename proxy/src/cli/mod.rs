@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand};
 use crate::measure::Algorithms;
 
 pub use log::print_log;
-pub use status::{export_ima, print_status};
+pub use status::{export_ima, print_status, release};
 pub use vms::{End, VmCommandError, delete_vm, end_vm, list_vms, retry_vm};
 
 /// Measures the VMs of a QEMU host into its TPM and answers verifiers with one quote for all of them.
@@ -118,6 +118,11 @@ pub enum Command {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Keeps the log no longer for a verifier that does not ask any more; when it asks again, the log is kept for it again.
+    Release {
+        /// The verifier's name, as `status` shows it.
+        verifier: String,
     },
     /// Shows the measurement log, or prints it as CEL-JSON.
     Log {

@@ -8,7 +8,33 @@ use std::{
 use serde_json::Value;
 
 use super::printable::printable;
-use crate::serve::ask;
+use crate::serve::{ask, tell};
+
+/// Prints in how many files the log is, and which verifiers hold them.
+fn print_segments(status: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let segments = status["segments"].as_array().map_or(&[][..], Vec::as_slice);
+    let first = segments.first().map_or(&Value::Null, |oldest| &oldest["records"]);
+    writeln!(out, "         {} files, from record {first} on; {} bytes", segments.len(), status["log_bytes"])?;
+    for verifier in status["verifiers"].as_array().into_iter().flatten() {
+        let name = printable(verifier["verifier"].as_str().unwrap_or_default());
+        let waited = if verifier["waited_for"] == true { "" } else { "; nobody waits for it" };
+        writeln!(out, "         {name} has accepted {} records{waited}", verifier["records"])?;
+    }
+    Ok(())
+}
+
+/// Tells the running proxy that the log is not kept for a verifier.
+///
+/// # Errors
+/// When no proxy answers, or no such verifier is enrolled.
+pub async fn release(socket: &Path, verifier: &str, out: &mut dyn Write) -> io::Result<()> {
+    // It becomes part of a path.
+    if verifier.is_empty() || !verifier.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_.:".contains(&c)) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{verifier:?} is no verifier's name")));
+    }
+    let _: Value = tell(socket, &format!("/v1/verifiers/{verifier}/release")).await?;
+    writeln!(out, "{verifier}: the log is not kept for it until it asks again")
+}
 
 /// Prints what the running proxy watches.
 ///
@@ -30,6 +56,7 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
     let software = if status["software_tpm"] == true { "  (software: no root of trust)" } else { "" };
     writeln!(out, "TPM      {}{software}", text(&status["tpm"]))?;
     writeln!(out, "log      epoch {}, {} records", text(&status["epoch"]["number"]), text(&status["log_len"]))?;
+    print_segments(&status, out)?;
     for (heading, key) in [("log or TPM fails", "failure"), ("monitor sockets in trouble", "sockets")] {
         match &status[key] {
             Value::String(why) => writeln!(out, "\n{heading}: {}", printable(why))?,

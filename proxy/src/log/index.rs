@@ -2,6 +2,8 @@
 
 use onequote_evidence::id::Epoch;
 
+use super::LogPlace;
+
 /// One mark for so many records: 8 bytes each, 1 MiB for 8 million records.
 const STRIDE: u64 = 64;
 
@@ -9,38 +11,76 @@ const STRIDE: u64 = 64;
 #[derive(Debug, Clone)]
 pub(super) struct Index {
     pub(super) epoch: Epoch,
-    len: u64,
-    end: u64,
+    /// Where the marks begin.
+    origin: LogPlace,
+    /// The end.
+    end: LogPlace,
     marks: Vec<u64>,
+    /// Where the segments that are there begin; never none.
+    segments: Vec<LogPlace>,
 }
 
 impl Index {
-    pub(super) fn new(epoch: Epoch) -> Self {
-        Self { epoch, len: 0, end: 0, marks: Vec::new() }
+    /// Of a log whose oldest segment begins at `origin`.
+    pub(super) fn new(epoch: Epoch, origin: LogPlace) -> Self {
+        Self { epoch, origin, end: origin, marks: Vec::new(), segments: vec![origin] }
     }
 
     /// Takes in the next record, of `bytes` bytes.
     pub(super) fn push(&mut self, bytes: u64) {
-        if self.len.is_multiple_of(STRIDE) {
-            self.marks.push(self.end);
+        if (self.end.records - self.origin.records).is_multiple_of(STRIDE) {
+            self.marks.push(self.end.bytes);
         }
-        self.len += 1;
-        self.end += bytes;
+        self.end.records += 1;
+        self.end.bytes += bytes;
     }
 
-    /// Number of records.
+    /// A segment begins with the last record that was taken in, at `place`.
+    pub(super) fn begin_segment(&mut self, place: LogPlace) {
+        if self.segments.last().is_none_or(|last| *last < place) {
+            self.segments.push(place);
+        }
+    }
+
+    /// What is before the segment that begins at `place` is there no more.
+    pub(super) fn drop_before(&mut self, place: LogPlace) {
+        if self.segments.contains(&place) {
+            self.segments.retain(|start| *start >= place);
+        }
+    }
+
+    /// Where the segments that are there begin.
+    pub(super) fn segments(&self) -> &[LogPlace] {
+        &self.segments
+    }
+
+    /// Where the oldest record that is there begins.
+    pub(super) fn first(&self) -> LogPlace {
+        self.segments.first().copied().unwrap_or(self.origin)
+    }
+
+    /// Where the newest segment begins.
+    pub(super) fn newest(&self) -> LogPlace {
+        self.segments.last().copied().unwrap_or(self.origin)
+    }
+
+    /// Number of records, those that were dropped included.
     pub(super) fn len(&self) -> u64 {
-        self.len
+        self.end.records
     }
 
-    /// The file's length that belongs to them.
+    /// The log's length that belongs to them.
     pub(super) fn end(&self) -> u64 {
-        self.end
+        self.end.bytes
     }
 
     /// The last marked record that is not after `recnum`, and where it begins.
     pub(super) fn mark(&self, recnum: u64) -> (u64, u64) {
-        let at = usize::try_from(recnum / STRIDE).unwrap_or(usize::MAX).min(self.marks.len().saturating_sub(1));
-        self.marks.get(at).map_or((0, 0), |&offset| (at as u64 * STRIDE, offset))
+        let first = self.first();
+        let at = recnum.saturating_sub(self.origin.records) / STRIDE;
+        let at = usize::try_from(at).unwrap_or(usize::MAX).min(self.marks.len().saturating_sub(1));
+        let marked = self.marks.get(at).map(|&bytes| (self.origin.records + at as u64 * STRIDE, bytes));
+        // A mark may be in a segment that was dropped.
+        marked.filter(|(_, bytes)| *bytes >= first.bytes).unwrap_or((first.records, first.bytes))
     }
 }

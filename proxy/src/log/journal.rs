@@ -7,8 +7,8 @@ use std::{
 };
 
 use onequote_evidence::{
-    event::{Event, GapReason, LogGap, ProxyStart},
-    id::{BootId, Epoch},
+    event::{Event, EventBody, GapReason, LogGap, ProxyStart},
+    id::{BootId, Epoch, TimeMs},
     log::{LogError, LogErrorKind, Replay},
     pcr::{self, Register, Registers},
     record::Record,
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{
-    LogHead, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
+    LogHead, LogPlace, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
     StoreError, TpmFactory, TpmInfo,
     index::Index,
     pace::Pace,
@@ -56,13 +56,19 @@ pub(super) struct Journal {
 }
 
 /// Log and registers in agreement.
-struct Live {
+pub(super) struct Live {
     tpm: Box<dyn Tpm>,
     clock: Clock,
-    epoch: Epoch,
-    replay: Replay,
-    /// Length of the log's file.
-    end: u64,
+    pub(super) epoch: Epoch,
+    pub(super) replay: Replay,
+    /// Length of the log.
+    pub(super) end: u64,
+    /// The last `proxy-start`.
+    pub(super) last: ProxyStart,
+    /// Whether the epoch began with a `log-gap` for a reason that sets the log before it aside.
+    pub(super) gap: bool,
+    /// No segment begins before this length.
+    pub(super) next_segment_at: u64,
 }
 
 /// What others may look at beside the recorder.
@@ -202,14 +208,80 @@ impl Journal {
 
     /// Log and registers in agreement; recovers if they aren't known to be. The caller puts it back when they still
     /// are.
-    fn take_live(&mut self) -> Result<Live, RecorderError> {
+    pub(super) fn take_live(&mut self) -> Result<Live, RecorderError> {
         if self.live.is_none() {
             self.recover()?;
         }
         self.live.take().ok_or(RecorderError::Ended)
     }
 
+    pub(super) fn put_back(&mut self, live: Live) {
+        self.live = Some(live);
+    }
+
+    /// It is in doubt whether log and registers agree.
+    pub(super) fn forget_live(&mut self) {
+        self.live = None;
+    }
+
+    pub(super) fn store(&mut self) -> &mut dyn LogStore {
+        self.store.as_mut()
+    }
+
+    pub(super) fn segment_bytes(&self) -> u64 {
+        self.config.segment_bytes
+    }
+
+    pub(super) fn now(&mut self) -> TimeMs {
+        (self.config.now)()
+    }
+
+    pub(super) fn inventory(&self) -> Inventory {
+        self.config.inventory.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Where the segments that are there begin.
+    pub(super) fn segments(&self) -> Vec<LogPlace> {
+        self.state.borrow().as_ref().map(|state| state.index.segments().to_vec()).unwrap_or_default()
+    }
+
+    fn oldest(&self) -> LogPlace {
+        self.segments().first().copied().unwrap_or_default()
+    }
+
+    pub(super) fn newest_segment(&self) -> LogPlace {
+        self.state.borrow().as_ref().map(|state| state.index.newest()).unwrap_or_default()
+    }
+
+    pub(super) fn segment_begun(&self, place: LogPlace) {
+        self.change_index(|index| index.begin_segment(place));
+    }
+
+    pub(super) fn segments_dropped(&self, place: LogPlace) {
+        self.change_index(|index| index.drop_before(place));
+    }
+
+    fn change_index(&self, change: impl FnOnce(&mut Index)) {
+        self.state.send_if_modified(|state| {
+            let Some(state) = state else { return false };
+            change(&mut state.index);
+            state.head.first = state.index.first();
+            false
+        });
+    }
+
     fn append_once_more(&mut self, epoch: Epoch, role: PcrRole, events: &[Event]) -> Result<Position, RecorderError> {
+        self.begin_segment_if_due()?;
+        self.append_record(epoch, role, events)
+    }
+
+    /// One record, once more when the TPM failed.
+    pub(super) fn append_record(
+        &mut self,
+        epoch: Epoch,
+        role: PcrRole,
+        events: &[Event],
+    ) -> Result<Position, RecorderError> {
         let mut reopens = 0;
         loop {
             let mut live = self.take_live()?;
@@ -235,6 +307,11 @@ impl Journal {
                     self.pace.extended(began, Instant::now());
                     live.replay.apply(&record).map_err(RecorderError::Damaged)?;
                     live.end += bytes.len() as u64;
+                    for event in events {
+                        if let EventBody::ProxyStart(start) = &event.body {
+                            live.last = start.clone();
+                        }
+                    }
                     self.fold(|inventory| events.iter().for_each(|event| inventory.apply(event)));
                     self.show(&live, |index| index.push(bytes.len() as u64));
                     self.live = Some(live);
@@ -279,7 +356,7 @@ impl Journal {
                 if !live.replay.registers().iter().all(agrees) {
                     return Ok(Attempt::Foreign);
                 }
-                let head = head(&live);
+                let head = LogHead { first: self.oldest(), ..head(&live) };
                 match (&prepared, prepare.take()) {
                     (None, Some(prepare)) => {
                         let data = prepare(&head);
@@ -357,27 +434,25 @@ impl Journal {
             model: tpm.model().into(),
             banks: banks.into(),
         };
-        let (live, index) = match recovery::plan(self.store.reader().as_ref(), &now)? {
+        let (live, index, before) = match recovery::plan(self.store.reader().as_ref(), &now)? {
             Plan::Continue(log) => self.go_on(tpm, clock, *log)?,
-            Plan::Begin { number, gap, remains } => self.begin(tpm, now, number, gap.as_ref(), remains)?,
+            Plan::Begin { number, gap, remains } => {
+                let (live, index) = self.begin(tpm, now, number, gap.as_ref(), remains)?;
+                (live, index, Inventory::default())
+            }
         };
-        self.fold_all(&index)?;
-        self.state.send_replace(Some(State {
-            index,
-            head: head(&live),
-            tpm: info,
-            failure: None,
-            quotes: self.quotes,
-        }));
+        self.fold_all(&index, before)?;
+        let head = LogHead { first: index.first(), ..head(&live) };
+        self.state.send_replace(Some(State { index, head, tpm: info, failure: None, quotes: self.quotes }));
         self.live = Some(live);
         Ok(())
     }
 
-    /// Makes the inventory anew from the whole log.
-    fn fold_all(&self, index: &Index) -> Result<(), RecorderError> {
-        let reader = self.store.reader();
-        let mut inventory = Inventory::default();
-        for record in RecordStream::new(reader.as_ref(), index.epoch.number, 0, 0) {
+    /// Makes the inventory anew from the whole log, or from what a snapshot says of its beginning.
+    fn fold_all(&self, index: &Index, before: Inventory) -> Result<(), RecorderError> {
+        let (reader, first) = (self.store.reader(), index.first());
+        let mut inventory = before;
+        for record in RecordStream::new(reader.as_ref(), index.epoch.number, first.records, first.bytes) {
             let record = record?;
             let events = record.events().map_err(|e| {
                 RecorderError::Damaged(LogError { recnum: record.recnum, offset: 0, kind: LogErrorKind::Malformed(e) })
@@ -392,6 +467,11 @@ impl Journal {
         change(&mut self.config.inventory.write().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Drops what is acknowledged ([`Self::drop_before`]).
+    pub(super) fn drop_acknowledged(&mut self, place: LogPlace) -> Result<(), RecorderError> {
+        self.noting_failure(|journal| journal.drop_before(place))
+    }
+
     /// Recovers if log and registers are not known to agree.
     pub(super) fn ready(&mut self) -> Result<(), RecorderError> {
         self.noting_failure(|journal| {
@@ -400,13 +480,21 @@ impl Journal {
         })
     }
 
-    fn go_on(&mut self, mut tpm: Box<dyn Tpm>, clock: Clock, log: Continue) -> Result<(Live, Index), RecorderError> {
-        let Continue { epoch, replay, index, missing, torn, set_aside, kexec_from } = log;
+    fn go_on(
+        &mut self,
+        mut tpm: Box<dyn Tpm>,
+        clock: Clock,
+        log: Continue,
+    ) -> Result<(Live, Index, Inventory), RecorderError> {
+        let Continue { epoch, replay, index, last, gap, before, missing, torn, set_aside, kexec_from } = log;
         self.kexec_from = kexec_from;
         let (number, records) = (epoch.number, index.len());
         if torn {
             warn!(epoch = number, records, "the last record is torn; cutting it off, its bytes are kept aside");
             self.store.cut(number, index.end(), true)?;
+        } else if self.store.reader().segments(number)?.last().is_some_and(|start| *start >= index.end()) {
+            info!(epoch = number, records, "a segment has no record yet; the log goes on before it");
+            self.store.cut(number, index.end(), false)?;
         }
         if let Some(extend) = missing {
             info!(epoch = number, records, "the last record had not been extended; making up for it");
@@ -416,7 +504,8 @@ impl Journal {
         if let Some(old) = set_aside {
             self.store.set_aside(old)?;
         }
-        Ok((Live { tpm, clock, epoch, replay, end: index.end() }, index))
+        let live = Live { tpm, clock, epoch, replay, end: index.end(), last, gap, next_segment_at: 0 };
+        Ok((live, index, before))
     }
 
     fn begin(
@@ -453,9 +542,11 @@ impl Journal {
             self.store.set_aside(old)?;
         }
         let replay = Replay::begin(&record).map_err(RecorderError::Damaged)?;
-        let mut index = Index::new(epoch);
+        let mut index = Index::new(epoch, LogPlace::default());
         index.push(bytes.len() as u64);
-        Ok((Live { tpm, clock, epoch, replay, end: bytes.len() as u64 }, index))
+        let (end, last) = (bytes.len() as u64, replay.start().clone());
+        let gap = gap.is_some_and(|gap| gap.reason != GapReason::TpmReset);
+        Ok((Live { tpm, clock, epoch, replay, end, last, gap, next_segment_at: 0 }, index))
     }
 
     /// Shows the new head to others.
@@ -463,7 +554,7 @@ impl Journal {
         self.state.send_modify(|state| {
             if let Some(state) = state {
                 change(&mut state.index);
-                state.head = head(live);
+                state.head = LogHead { first: state.index.first(), ..head(live) };
             }
         });
     }
@@ -505,8 +596,15 @@ fn check_quote(quoted: &Quoted, data: QualifyingData, registers: &[Register]) ->
     Ok(digest.is_some_and(|digest| digest.as_bytes() == attest.pcr_digest))
 }
 
+/// The head, but for the oldest record: that is the index's.
 fn head(live: &Live) -> LogHead {
-    LogHead { epoch: live.epoch, log_len: live.replay.len(), registers: live.replay.registers().clone() }
+    LogHead {
+        epoch: live.epoch,
+        log_len: live.replay.len(),
+        registers: live.replay.registers().clone(),
+        bytes: live.end,
+        first: LogPlace::default(),
+    }
 }
 
 fn gap_event(config: &mut RecorderConfig, reason: GapReason, detail: String) -> Event {

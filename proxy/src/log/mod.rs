@@ -27,6 +27,20 @@
 //! The last row is never papered over: it means that somebody else extended our registers, or that the file was
 //! changed. The same look at the registers is taken before every quote.
 //!
+//! # Segments
+//! A log that has grown long goes on in a new file, if that is worth it: the first record there is a `log-segment` with the
+//! registers' values and the digest of a [`snapshot`] of what all records before it say. When everybody who is enrolled has
+//! accepted the records before a segment ([`Acknowledged`]), their files are dropped, and a start begins with the snapshot of the
+//! oldest segment that is there. The event is extended like any other: a snapshot that was changed, or is missing, makes a
+//! damaged log, and so do files that are missing and were not dropped by the proxy. What a crash leaves:
+//!
+//! | there is | then |
+//! | --- | --- |
+//! | a snapshot without a segment | it is left alone, and goes with what is dropped next |
+//! | a segment without a whole record | it is removed with its snapshot: the log ends before it |
+//! | a segment's record that was not extended | made up like any other |
+//! | less than was noted as dropped | the rest of it stays until the next drop |
+//!
 //! # Failures while running
 //! A record that could not be written is cut off again and its events fail: nothing happened. When the TPM fails, the
 //! record stays in the file; the recorder opens the TPM anew at once, and again with each later request, and recovers
@@ -35,6 +49,7 @@
 //! events that were made for the old one fail with [`RecorderError::NewEpoch`]: the new log knows nothing of what they
 //! rest on.
 
+mod acknowledged;
 mod error;
 mod file;
 mod index;
@@ -42,6 +57,8 @@ mod journal;
 mod pace;
 mod recorder;
 mod recovery;
+mod segment;
+mod snapshot;
 mod store;
 mod stream;
 
@@ -52,13 +69,17 @@ pub(crate) mod memory;
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 mod tests;
 
+pub use acknowledged::{Acknowledged, Acknowledgement};
 pub use error::{RecorderError, StoreError};
 pub use file::{FileStore, LogFolder};
 pub use recorder::{Appended, Chunk, LogHandle, Recorder, TpmInfo};
+pub use snapshot::remembered;
 pub use store::{LogRead, LogStore};
 pub use stream::RecordStream;
 
 use std::sync::{Arc, RwLock};
+
+use serde::{Deserialize, Serialize};
 
 use onequote_evidence::{
     digest::{FileDigest, HashAlg},
@@ -107,8 +128,19 @@ pub struct RecorderConfig {
     pub inventory: Arc<RwLock<Inventory>>,
     /// The host's clock, for `proxy-start` and `log-gap`.
     pub now: Box<dyn FnMut() -> TimeMs + Send>,
+    /// From which length on, in bytes, a segment is long enough for a next one to begin.
+    pub segment_bytes: u64,
     /// Draws the id of a new epoch, at random.
     pub new_epoch_id: Box<dyn FnMut() -> EpochId + Send>,
+}
+
+/// A place in an epoch's log, between two records.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LogPlace {
+    /// Records before it.
+    pub records: u64,
+    /// Bytes before it.
+    pub bytes: u64,
 }
 
 /// Where the log stands: everything in it is on disk and in the registers.
@@ -120,6 +152,18 @@ pub struct LogHead {
     pub log_len: u64,
     /// Both registers in every active bank, after those records.
     pub registers: Registers,
+    /// Its length in bytes, with what was dropped.
+    pub bytes: u64,
+    /// Where the oldest record that is there begins.
+    pub first: LogPlace,
+}
+
+impl LogHead {
+    /// The log's end.
+    #[must_use]
+    pub fn place(&self) -> LogPlace {
+        LogPlace { records: self.log_len, bytes: self.bytes }
+    }
 }
 
 /// What [`LogHandle::quote`] has signed besides the registers: the SHA-256 that a verifier expects there.

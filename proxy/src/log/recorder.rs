@@ -17,7 +17,7 @@ use onequote_evidence::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::{
-    LogHead, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
+    LogHead, LogPlace, LogRead, LogStore, PcrRole, QualifyingData, Quoted, RecordStream, RecorderConfig, RecorderError,
     TpmFactory,
     journal::{Journal, Position, State},
 };
@@ -146,6 +146,26 @@ impl LogHandle {
         Ok(Appended { epoch, recnum })
     }
 
+    /// Drops segments whose records are all before `place`: every verifier has accepted them.
+    ///
+    /// # Errors
+    /// See [`RecorderError`].
+    pub async fn drop_before(&self, place: LogPlace) -> Result<(), RecorderError> {
+        // Most acknowledgements reach no further segment: the recorder need not be asked.
+        if !self.look(|state| state.index.segments().iter().skip(1).any(|start| start.bytes <= place.bytes))? {
+            return Ok(());
+        }
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Drop { place, reply }).await.map_err(|_| RecorderError::Ended)?;
+        answer.await.map_err(|_| RecorderError::Ended)?
+    }
+
+    /// Where the segments that are there begin, oldest first.
+    #[must_use]
+    pub fn segments(&self) -> Vec<LogPlace> {
+        self.look(|state| state.index.segments().to_vec()).unwrap_or_default()
+    }
+
     /// Records all that was appended before, then quotes.
     ///
     /// `prepare` gets the log's head, whose registers the quote will show, and says what to sign with it. It runs on
@@ -235,12 +255,14 @@ impl LogHandle {
     /// # Errors
     /// [`RecorderError::OtherEpoch`] when `epoch` is over, [`RecorderError::NoSuchRecords`], or the disk's failure.
     pub async fn records(&self, epoch: u64, from: u64, to: u64, max_bytes: usize) -> Result<Chunk, RecorderError> {
-        let (current, len, (mut at, offset)) =
-            self.look(|state| (state.index.epoch.number, state.index.len(), state.index.mark(from)))?;
+        let (current, first, len, (mut at, offset)) = self.look(|state| {
+            let index = &state.index;
+            (index.epoch.number, index.first().records, index.len(), index.mark(from))
+        })?;
         if epoch != current {
             return Err(RecorderError::OtherEpoch { asked: epoch, current });
         }
-        if from > to || to > len {
+        if from < first || from > to || to > len {
             return Err(RecorderError::NoSuchRecords { from, to, len });
         }
         let reader = Arc::clone(&self.reader);
@@ -276,6 +298,7 @@ enum Request {
     Quote { prepare: Prepare, reply: oneshot::Sender<Result<Quoted, RecorderError>> },
     Ready { reply: oneshot::Sender<Result<(), RecorderError>> },
     Tpm { work: Box<dyn FnOnce(&mut Journal) + Send> },
+    Drop { place: LogPlace, reply: oneshot::Sender<Result<(), RecorderError>> },
 }
 
 type Prepare = Box<dyn FnOnce(&LogHead) -> QualifyingData + Send>;
@@ -357,6 +380,9 @@ impl Worker {
                 let _ = reply.send(self.journal.ready());
             }
             Some(Request::Tpm { work }) => work(&mut self.journal),
+            Some(Request::Drop { place, reply }) => {
+                let _ = reply.send(self.journal.drop_acknowledged(place));
+            }
             None => {}
         }
     }

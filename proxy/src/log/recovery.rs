@@ -2,15 +2,19 @@
 
 use onequote_evidence::{
     digest::BankDigest,
-    event::{Event, EventBody, GapReason, ProxyStart},
-    id::{BootId, Epoch},
+    event::{Event, EventBody, GapReason, LogSegment, ProxyStart},
+    id::{BootId, Epoch, Sha256},
     log::Replay,
     pcr::{self, Register, Registers},
     record::Record,
 };
 
-use super::{LogRead, RecordStream, RecorderError, index::Index};
-use crate::tpm::Clock;
+use super::{
+    LogPlace, LogRead, RecordStream, RecorderError,
+    index::Index,
+    snapshot::{self, MAX_SNAPSHOT, Snapshot},
+};
+use crate::{inventory::Inventory, tpm::Clock};
 
 /// What the TPM says at the start.
 pub(super) struct TpmState {
@@ -51,6 +55,12 @@ pub(super) struct Continue {
     /// Replay and index of the whole records, a missing extend included.
     pub(super) replay: Replay,
     pub(super) index: Index,
+    /// The last `proxy-start`.
+    pub(super) last: ProxyStart,
+    /// Whether the epoch began with a `log-gap` for a reason that sets the log before it aside.
+    pub(super) gap: bool,
+    /// What the records say that are there no more.
+    pub(super) before: Inventory,
     /// The record whose extend is missing.
     pub(super) missing: Option<Extend>,
     /// Whether bytes of a torn record follow.
@@ -115,6 +125,7 @@ struct Begin {
     last: ProxyStart,
     /// Whether it says `log-gap` for a reason that sets the log before it aside.
     gap: bool,
+    before: Inventory,
     replay: Replay,
     index: Index,
 }
@@ -130,7 +141,18 @@ enum Tail {
 
 fn survey(reader: &dyn LogRead, number: u64, registers: &Registers) -> Result<Survey, RecorderError> {
     let mut survey = Survey { begin: None, whole: 0, matched: None, last: None, tail: Tail::Clean };
-    let mut stream = RecordStream::new(reader, number, 0, 0);
+    let (mut stream, snapshot) = match oldest(reader, number)? {
+        Ok(None) => (RecordStream::new(reader, number, 0, 0), None),
+        Ok(Some((place, digest, snapshot))) => {
+            (RecordStream::new(reader, number, place.records, place.bytes), Some((digest, snapshot)))
+        }
+        Err(damage) => {
+            survey.tail = Tail::Damaged(damage);
+            return Ok(survey);
+        }
+    };
+    let mut snapshot = snapshot;
+    let whole_before = snapshot.is_some();
     loop {
         let offset = stream.offset();
         let record = match stream.next() {
@@ -142,47 +164,106 @@ fn survey(reader: &dyn LogRead, number: u64, registers: &Registers) -> Result<Su
             }
             Some(Err(error)) => return Err(error),
         };
-        if let Err(error) = survey.take(record, stream.offset() - offset, number, registers) {
+        let taken = match &mut survey.begin {
+            Some(begin) => begin.take(&record, offset, stream.offset() - offset),
+            None => {
+                Begin::new(&record, number, offset, stream.offset() - offset, snapshot.take()).map(|(begin, before)| {
+                    if before == *registers {
+                        survey.matched = Some(record.recnum);
+                    }
+                    survey.begin = Some(begin);
+                })
+            }
+        };
+        if let Err(error) = taken {
             survey.tail = Tail::Damaged(format!("at byte {offset}: {error}"));
             break;
         }
+        survey.whole = record.recnum + 1;
+        if survey.begin.as_ref().is_some_and(|begin| begin.replay.registers() == registers) {
+            survey.matched = Some(survey.whole);
+        }
+        survey.last = Some(record);
+    }
+    if survey.begin.is_none() && whole_before && !matches!(survey.tail, Tail::Damaged(_)) {
+        // Records before it were dropped, so it once was whole.
+        survey.tail = Tail::Damaged("the oldest segment has no whole record".to_owned());
     }
     Ok(survey)
 }
 
-impl Survey {
-    fn take(&mut self, record: Record, size: u64, number: u64, registers: &Registers) -> Result<(), String> {
-        match &mut self.begin {
-            Some(begin) => {
-                begin.replay.apply(&record).map_err(|error| error.to_string())?;
-                begin.index.push(size);
-                if let Some(start) = proxy_start(&record) {
-                    begin.last = start;
-                }
-            }
-            None => {
-                let replay = Replay::begin(&record).map_err(|error| error.to_string())?;
-                let start = replay.start().clone();
-                if start.epoch.number != number {
-                    return Err(format!("it is the log of epoch {}", start.epoch.number));
-                }
-                if pcr::from_list(&start.history).as_ref() == Some(registers) {
-                    self.matched = Some(0);
-                }
-                let mut index = Index::new(start.epoch);
-                index.push(size);
-                let gap = set_others_aside(&record);
-                self.begin = Some(Begin { gap, last: start.clone(), start, replay, index });
-            }
+type Oldest = (LogPlace, Sha256, Snapshot);
+
+/// Where a log without its beginning begins, with its snapshot and that one's digest; none for a log that is whole. The inner
+/// error says why it cannot be gone on with.
+fn oldest(reader: &dyn LogRead, number: u64) -> Result<Result<Option<Oldest>, String>, RecorderError> {
+    let Some(bytes) = reader.segments(number)?.first().copied().filter(|oldest| *oldest > 0) else {
+        return Ok(Ok(None));
+    };
+    let dropped = reader.dropped(number)?;
+    if bytes > dropped {
+        return Ok(Err(format!(
+            "segments before byte {bytes} are missing, and only those before {dropped} were dropped"
+        )));
+    }
+    let Some(snapshot) = reader.snapshot(number, bytes, MAX_SNAPSHOT)? else {
+        return Ok(Err(format!("the snapshot for byte {bytes} is missing")));
+    };
+    let digest = snapshot::digest(&snapshot);
+    Ok(match Snapshot::parse(&snapshot) {
+        Ok(snapshot) => Ok(Some((LogPlace { records: snapshot.records, bytes }, digest, snapshot))),
+        Err(error) => Err(format!("the snapshot for byte {bytes}: {error}")),
+    })
+}
+
+impl Begin {
+    /// Begins with the oldest record that is there; gives the registers' values before it, too.
+    fn new(
+        record: &Record,
+        number: u64,
+        offset: u64,
+        size: u64,
+        snapshot: Option<(Sha256, Snapshot)>,
+    ) -> Result<(Self, Registers), String> {
+        let replay = Replay::begin(record).map_err(|error| error.to_string())?;
+        let start = replay.start().clone();
+        if start.epoch.number != number {
+            return Err(format!("it is the log of epoch {}", start.epoch.number));
         }
-        self.whole += 1;
-        if self.begin.as_ref().is_some_and(|begin| begin.replay.registers() == registers) {
-            self.matched = Some(self.whole);
-        }
-        self.last = Some(record);
-        Ok(())
+        let mut index = Index::new(start.epoch, LogPlace { records: record.recnum, bytes: offset });
+        index.push(size);
+        let (before, last, gap, inventory) = match (segment(record), snapshot) {
+            (Some(body), Some((digest, snapshot))) => {
+                let fits = digest == body.snapshot
+                    && (snapshot.epoch, snapshot.number) == (start.epoch, body.number)
+                    && snapshot.records == record.recnum;
+                if !fits {
+                    return Err("its snapshot is another than the one that it names".to_owned());
+                }
+                (body.registers, snapshot.last, snapshot.gap, snapshot.inventory)
+            }
+            (None, None) => (start.history.clone(), start.clone(), set_others_aside(record), Inventory::default()),
+            _ => return Err("it is not where a segment begins".to_owned()),
+        };
+        let before = pcr::from_list(&before).unwrap_or_default();
+        Ok((Self { start, last, gap, before: inventory, replay, index }, before))
     }
 
+    fn take(&mut self, record: &Record, offset: u64, size: u64) -> Result<(), String> {
+        let segment = self.replay.segment();
+        self.replay.apply(record).map_err(|error| error.to_string())?;
+        self.index.push(size);
+        if self.replay.segment() != segment {
+            self.index.begin_segment(LogPlace { records: record.recnum, bytes: offset });
+        }
+        if let Some(start) = proxy_start(record) {
+            self.last = start;
+        }
+        Ok(())
+    }
+}
+
+impl Survey {
     fn never_began(&self) -> bool {
         self.begin.is_none() && !matches!(self.tail, Tail::Damaged(_))
     }
@@ -234,14 +315,18 @@ impl Survey {
             return Ok(begin_new(aside(mismatch(self.matched, self.whole, &begin.replay, tpm))));
         }
         let missing = if self.matched == Some(self.whole) { None } else { self.last.as_ref().map(Extend::from) };
+        let kexec_from = (!same_kernel).then_some(begin.last.boot_id);
         Ok(Plan::Continue(Box::new(Continue {
             epoch: begin.start.epoch,
             replay: begin.replay,
             index: begin.index,
+            last: begin.last,
+            gap: begin.gap,
+            before: begin.before,
             missing,
             torn: matches!(self.tail, Tail::Torn),
             set_aside: before.filter(|_| begin.gap),
-            kexec_from: (!same_kernel).then_some(begin.last.boot_id),
+            kexec_from,
         })))
     }
 }
@@ -268,6 +353,14 @@ fn proxy_start(record: &Record) -> Option<ProxyStart> {
         EventBody::ProxyStart(start) => Some(start),
         _ => None,
     })
+}
+
+/// The `log-segment` of a record, which is its only event.
+fn segment(record: &Record) -> Option<LogSegment> {
+    match record.events().ok()?.into_iter().next()?.body {
+        EventBody::LogSegment(body) => Some(body),
+        _ => None,
+    }
 }
 
 /// Whether a log begins because the one before it could not go on.

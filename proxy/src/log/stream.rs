@@ -24,6 +24,8 @@ pub struct RecordStream<'a> {
     start: usize,
     offset: u64,
     next: u64,
+    /// Whether the next record may have any number.
+    anywhere: bool,
     at_end: bool,
     failed: bool,
 }
@@ -32,7 +34,17 @@ impl<'a> RecordStream<'a> {
     /// Records of `epoch`, beginning with number `first` at `offset`.
     #[must_use]
     pub fn new(reader: &'a dyn LogRead, epoch: u64, first: u64, offset: u64) -> Self {
-        Self { reader, epoch, buffer: Vec::new(), start: 0, offset, next: first, at_end: false, failed: false }
+        let (buffer, anywhere, at_end, failed) = (Vec::new(), false, false, false);
+        Self { reader, epoch, buffer, start: 0, offset, next: first, anywhere, at_end, failed }
+    }
+
+    /// All records of `epoch` that are there, from its oldest segment on.
+    ///
+    /// # Errors
+    /// When the store cannot say where that begins.
+    pub fn oldest(reader: &'a dyn LogRead, epoch: u64) -> Result<Self, RecorderError> {
+        let offset = reader.segments(epoch)?.first().copied().unwrap_or_default();
+        Ok(Self { anywhere: offset > 0, ..Self::new(reader, epoch, 0, offset) })
     }
 
     /// Where the next record begins in the file: the end of the last one that was read.
@@ -110,7 +122,10 @@ impl Iterator for RecordStream<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         let expected = self.next;
         match self.advance(Record::parse_first)? {
-            Ok((record, _)) if record.recnum == expected => Some(Ok(record)),
+            Ok((record, _)) if record.recnum == expected || std::mem::take(&mut self.anywhere) => {
+                self.next = record.recnum.saturating_add(1);
+                Some(Ok(record))
+            }
             Ok((record, len)) => {
                 self.next = expected;
                 self.offset -= len as u64;

@@ -13,7 +13,7 @@ use axum::{
 use serde::Deserialize;
 use tokio::net::UnixListener;
 
-use super::{Deleting, Doors, vms};
+use super::{Deleting, Doors, release, vms};
 use crate::{
     join::{JoinError, Members, Wish},
     vm::Registry,
@@ -43,12 +43,14 @@ pub async fn serve_admin(
     }
     let listener = UnixListener::bind(path).map_err(named)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(named)?;
+    let releasing = release::router(doors.releasing.clone());
     let app = Router::new()
         .route("/v1/status", get(super::status))
         .route("/v1/guests/{vm}/ima", get(guest_ima))
         .with_state(doors)
         .merge(Router::new().route("/v1/join", post(join)).with_state(members))
-        .merge(vms::router(registry, deleting));
+        .merge(vms::router(registry, deleting))
+        .merge(releasing);
     axum::serve(listener, app).await
 }
 

@@ -12,11 +12,13 @@
 //! - `POST /v1/vms/{VM}/power-down`, `…/quit`, `…/retry` → JSON of the VM as it was when it was asked, and
 //!   `…/delete` → JSON of what was logged; 404 when there is
 //!   no such VM, 409 when it cannot do that now, 502 when its monitor fails.
+//! - `POST /v1/verifiers/{NAME}/release` → JSON of what each verifier has accepted; 404 when it is not enrolled.
 //! - `GET /v1/sessions/{SESSION}?wait_ms=N` → JSON of the VM as soon as it is gone (`null`), at the latest after the wait.
 
 mod admin;
 mod client;
 mod patience;
+mod release;
 mod tls;
 mod vms;
 
@@ -38,6 +40,7 @@ use serde::Deserialize;
 
 pub use admin::serve_admin;
 pub use client::{AskError, ask, ask_json, tell, tell_json};
+pub use release::Releasing;
 pub use tls::{Peer, TlsListener};
 pub use vms::{Deleting, ReadPast};
 
@@ -54,6 +57,8 @@ pub struct Doors {
     pub attest: AttestHandle,
     /// What status says.
     pub status: Arc<dyn StatusSource>,
+    /// For whom the log is kept.
+    pub releasing: Releasing,
 }
 
 /// A challenge. Unknown fields are refused, so that a verifier never believes an option was honoured.
@@ -87,6 +92,7 @@ async fn evidence(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Json(request): Json<EvidenceRequest>,
 ) -> Response {
+    doors.releasing.asked(&peer.verifier, &request.have).await;
     match doors.attest.challenge(request.nonce, peer.binding.clone(), request.have).await {
         Ok(stream) => {
             limited!(Kind::Answered, info, verifier = %peer.verifier, bytes = stream.left(), "answered a challenge");

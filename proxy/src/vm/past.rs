@@ -51,6 +51,15 @@ pub struct PastVms {
 }
 
 impl PastVms {
+    /// An epoch's log begins, with what is remembered of records that are there no more.
+    pub fn begin_epoch(&mut self, before: &Inventory) {
+        self.inventory = before.clone();
+        for ended in before.ended() {
+            let vm = VmRef { vm: ended.vm, session: ended.session };
+            self.keep(vm, &ended.name, ended.images.clone(), ended.deleted);
+        }
+    }
+
     /// Takes in the next event.
     pub fn apply(&mut self, event: &Event) {
         let Some(vm) = event.vm else { return };
@@ -89,10 +98,14 @@ impl PastVms {
     fn note(&mut self, vm: VmRef, logged: &LoggedVm, left: &[Image]) {
         let newer = |image: &Image| left.iter().find(|l| l.slot == image.slot).unwrap_or(image).clone();
         let images = logged.images.iter().filter(|i| !i.read_only).map(newer).collect();
-        let names = self.names.entry(logged.name.clone()).or_default();
+        self.keep(vm, &logged.name, images, false);
+    }
+
+    fn keep(&mut self, vm: VmRef, name: &str, images: Vec<Image>, deleted: bool) {
+        let names = self.names.entry(name.to_owned()).or_default();
         names.retain(|id| *id != vm.vm);
         names.push(vm.vm);
-        self.last.insert(vm.vm, PastVm { vm, name: logged.name.clone(), images, deleted: false });
+        self.last.insert(vm.vm, PastVm { vm, name: name.to_owned(), images, deleted });
     }
 }
 

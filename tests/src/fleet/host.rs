@@ -173,6 +173,7 @@ impl Host {
             quoted_pcrs: self.quoted_pcrs.clone(),
             quoted_banks: vec![HashAlg::Sha256],
             inventory: Arc::clone(&self.inventory),
+            segment_bytes: u64::MAX,
             now: Box::new(now),
             new_epoch_id: Box::new(move || EpochId(seed)),
         };
@@ -194,6 +195,7 @@ impl Host {
             clock: now,
             firmware_log: None,
             ima_list: Some(self.around.host_list.clone()),
+            acknowledged: None,
         }
         .start();
         self.running = Some(Running { log, attest, recorder });

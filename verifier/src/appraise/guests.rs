@@ -97,7 +97,7 @@ pub fn check<'a>(
     for vm in &statement.vms {
         let session = sessions.by_id.get(&vm.session);
         let boots = session.map_or(&none, |s| &s.boots);
-        let older = session.is_some_and(|s| s.older);
+        let (older, cut) = session.map_or((false, false), |s| (s.older, s.cut));
         let mut findings = missing_boots(vm, boots, &accepted);
         for stated in &vm.boots {
             let id = (vm.session, stated.boot);
@@ -110,7 +110,8 @@ pub fn check<'a>(
             }
             let new = list.map_or(&[][..], |list| &list.entries);
             let accepted = accepted.get(&id).copied();
-            let one = One { stated, recorded: &recorded, from, new, sent: list.is_some(), accepted, older, hash_size };
+            let one =
+                One { stated, recorded: &recorded, from, new, sent: list.is_some(), accepted, older, cut, hash_size };
             match one.check(&mut digests) {
                 Ok(aggregate) => out.lists.push(VerifiedList {
                     session: vm.session,
@@ -176,6 +177,8 @@ struct One<'a> {
     sent: bool,
     accepted: Option<&'a AcceptedGuest>,
     older: bool,
+    /// Its records may be in a part of the log that was dropped.
+    cut: bool,
     hash_size: usize,
 }
 
@@ -251,7 +254,7 @@ impl One<'_> {
     /// Holds the list against each record of it; gives the number of entries after the last.
     fn check_records(&self, at: &dyn Fn(u64) -> Option<Sha256>, len: u64) -> Result<u64, Finding> {
         let boot = self.stated.boot;
-        let begin = if self.older { None } else { Some(0) };
+        let begin = if self.older || self.cut { None } else { Some(0) };
         let mut end: Option<u64> = self.recorded.held.map(|(_, after)| after).or(begin);
         for (recnum, entries) in &self.recorded.recorded {
             let item = || format!("boot {boot}, record {recnum}");
@@ -272,6 +275,7 @@ impl One<'_> {
                 Some(_) => end = Some(after),
             }
         }
-        Ok(end.unwrap_or(0))
+        // Of a list whose records were all dropped only the statement tells.
+        Ok(end.unwrap_or(if self.cut { self.stated.count } else { 0 }))
     }
 }

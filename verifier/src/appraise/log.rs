@@ -20,12 +20,14 @@ use onequote_evidence::{
 use super::{
     epoch::{MAX_PAST, PastGap},
     firmware::History,
+    found::Notes,
+    logs::Part,
     registers::QuotedRegisters,
     state::Accepted,
 };
 use crate::{
     finding::{Code, Finding},
-    policy::{HostRule, Pcr},
+    policy::{Consent, HostRule, Pcr},
 };
 
 /// How far a log was taken in, and what later steps need of that part.
@@ -48,7 +50,7 @@ pub struct VerifiedLog {
 }
 
 impl LogProgress {
-    /// Bytes of the log that were taken in.
+    /// Bytes of the log that were taken in, with those that were dropped before.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.len
@@ -94,6 +96,12 @@ impl VerifiedLog {
         self.progress.replay.start()
     }
 
+    /// The first record that is there: 0, unless the log's beginning was dropped.
+    #[must_use]
+    pub fn first(&self) -> u64 {
+        self.progress.replay.first()
+    }
+
     /// Every start of a proxy in the whole log, with its record.
     #[must_use]
     pub fn starts(&self) -> &[(u64, ProxyStart)] {
@@ -119,14 +127,14 @@ impl VerifiedLog {
     }
 }
 
-/// Replays `records`, which go on where `from` stands. The caller must trust `quoted` and `clock`, `statement` to be what
+/// Replays `records`, which go on where `from` stands, or begin with a log or with a segment of one. The caller must trust `quoted` and `clock`, `statement` to be what
 /// the quote covers, and `accepted` and `from` to be what it kept itself; `from` must be [`LogProgress::is_of`] `accepted`.
 ///
 /// # Errors
 /// The finding.
 pub fn check(
     from: Option<&LogProgress>,
-    records: &[u8],
+    records: &Part<u8>,
     quoted: &QuotedRegisters,
     statement: &Statement,
     clock: &ClockInfo,
@@ -139,7 +147,11 @@ pub fn check(
         check_start(from.replay.start(), statement, clock, rule)?;
     }
     let mut events = Vec::new();
-    for record in LogReader::new(records, progress.as_ref().map_or(0, |from| from.replay.len())) {
+    let reader = match &progress {
+        Some(from) => LogReader::new(&records.items, from.replay.len()),
+        None => LogReader::anywhere(&records.items),
+    };
+    for record in reader {
         let record = record.map_err(|e| broken(&e))?;
         let progress = match &mut progress {
             Some(progress) => {
@@ -149,7 +161,16 @@ pub fn check(
             None => {
                 let replay = Replay::begin(&record).map_err(|e| broken(&e))?;
                 check_start(replay.start(), statement, clock, rule)?;
-                progress.insert(LogProgress { replay, len: 0, starts: Arc::default(), gaps: Arc::default() })
+                if let Some(accepted) = accepted
+                    && replay.first() > accepted.records
+                {
+                    let missing = format!("records {} to {}", accepted.records, replay.first() - 1);
+                    return Err(Finding::new(Code::LogDropped, missing).actual("dropped"));
+                }
+                // Where its own record is not there, the segment says what the first start was.
+                let starts = (replay.first() > 0).then(|| (replay.first(), replay.start().clone()));
+                let (starts, len) = (Arc::new(starts.into_iter().collect()), records.first);
+                progress.insert(LogProgress { replay, len, starts, gaps: Arc::default() })
             }
         };
         let content = record
@@ -187,7 +208,7 @@ pub fn check(
         }
         progress.take(*recnum, event);
     }
-    progress.len += records.len() as u64;
+    progress.len += records.items.len() as u64;
     Ok(VerifiedLog { events, progress })
 }
 
@@ -303,6 +324,22 @@ pub fn check_history(
     findings
 }
 
+/// That the log's beginning was dropped before this verifier had it, unless the policy allows that.
+pub fn check_beginning(log: &VerifiedLog, rule: &HostRule, notes: &mut Notes) -> Option<Finding> {
+    let first = log.first();
+    match rule.dropped_records {
+        _ if first == 0 => None,
+        Consent::Allowed => {
+            notes.push(format!("the log begins with record {first}, as allowed: what was before was dropped"));
+            None
+        }
+        Consent::Refused => {
+            let dropped = format!("records 0 to {}", first - 1);
+            Some(Finding::new(Code::LogSegmentStart, dropped).actual("dropped before this verifier had them"))
+        }
+    }
+}
+
 fn rolled_back(item: String, actual: &str) -> Finding {
     Finding::new(Code::LogRollback, item).expected("as accepted before").actual(actual)
 }
@@ -314,7 +351,7 @@ fn broken(e: &LogError) -> Finding {
         LogErrorKind::OutOfOrder { .. } => Code::LogOrder,
         LogErrorKind::DigestMismatch => Code::LogDigest,
         LogErrorKind::ForeignRegister(_) | LogErrorKind::Banks => Code::LogRegister,
-        LogErrorKind::NoStart(_) => Code::LogStart,
+        LogErrorKind::NoStart(_) | LogErrorKind::Segment => Code::LogStart,
     };
     Finding::new(code, format!("record {}", e.recnum)).actual(&e.kind)
 }

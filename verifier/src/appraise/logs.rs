@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use onequote_evidence::{
     Malformed, MalformedKind,
-    id::{Blob, Nonce, SessionId, VmId},
+    id::{Blob, Epoch, Nonce, SessionId, VmId},
+    log::Replay,
+    record::Record,
     stream::{self, Evidence, Guest, Have, Item, Known, KnownGuest, MAX_EXPANDED, MAX_KNOWN_GUESTS},
 };
 
@@ -80,6 +82,16 @@ impl Logs {
         logs.iter().chain(self.guests.iter().map(|list| &list.first)).all(|&first| first == 0)
     }
 
+    /// Whether it can be appraised by itself: every log is there from its start, but for a beginning of the measurement log that
+    /// the host has dropped.
+    #[must_use]
+    pub fn begin(&self) -> bool {
+        let Self { firmware, host_ima, records, dictionary, guests } = self;
+        let others = [firmware.first, host_ima.first, dictionary.first];
+        let whole = others.iter().chain(guests.iter().map(|list| &list.first)).all(|&first| first == 0);
+        whole && (records.first == 0 || segment(records).is_some())
+    }
+
     /// Puts what came later behind what came before. What it says again of the end is taken as it says it now. Lists that it
     /// does not name are not there any more.
     ///
@@ -100,7 +112,13 @@ impl Logs {
         let references_go_on = more.dictionary.first != 0 || self.dictionary.items.is_empty();
         self.firmware.append(more.firmware)?;
         self.host_ima.append(more.host_ima)?;
-        self.records.append(more.records)?;
+        match segment(&more.records) {
+            // The rest of a log that is not this one, or of which a part in between was dropped.
+            Some(epoch) if more.records.first > self.records.end() || beginning(&self.records) != Some(epoch) => {
+                self.records = more.records;
+            }
+            _ => self.records.append(more.records)?,
+        }
         self.dictionary.append(more.dictionary)?;
         let mut at: BTreeMap<_, usize> = self.guests.iter().enumerate().map(|(at, list)| (key(list), at)).collect();
         for list in more.guests {
@@ -268,6 +286,17 @@ fn add<T>(log: &mut Option<Part<T>>, first: u64, items: Vec<T>) -> bool {
 
 fn key(list: &Guest) -> (VmId, SessionId, u32) {
     (list.vm, list.session, list.boot)
+}
+
+/// The epoch of a log that does not begin at its start, but where a segment does.
+fn segment(records: &Part<u8>) -> Option<Epoch> {
+    (records.first > 0).then(|| beginning(records)).flatten()
+}
+
+/// The epoch of a log that begins with its start, or with a segment's.
+fn beginning(records: &Part<u8>) -> Option<Epoch> {
+    let (record, _) = Record::parse_first(&records.items).ok()?;
+    Replay::begin(&record).ok().map(|replay| replay.start().epoch)
 }
 
 fn gap() -> Malformed {

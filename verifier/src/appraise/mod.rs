@@ -62,6 +62,7 @@ use std::{
 
 use onequote_evidence::{
     digest::sha256,
+    event::VmRef,
     id::{HostId, SessionId, TimeMs},
     statement::Statement,
     stream::{self, Evidence, Head, Reader},
@@ -291,11 +292,11 @@ fn prove(
     let statement = begun.stated.statement();
     log::check_epoch(statement, clock, accepted)?;
     let from = kept.map(|kept| &kept.log);
-    let log = log::check(from, &logs.records.items, &registers, statement, clock, accepted, rule)?;
+    let log = log::check(from, &logs.records, &registers, statement, clock, accepted, rule)?;
     Ok(Proven { registers, log, counters })
 }
 
-/// Appraises evidence whose logs are whole. The caller must trust everything in `context`, and nothing in `received`.
+/// Appraises evidence whose logs are whole, but for a beginning of the measurement log that the host has dropped. The caller must trust everything in `context`, and nothing in `received`.
 #[must_use]
 pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
     match begin(received.head.clone(), context) {
@@ -307,7 +308,7 @@ pub fn appraise(received: &Received, context: &Context<'_>) -> Appraisal {
 /// The steps behind [`begin`], on logs that are whole. The caller must trust everything in `context`, and nothing in `logs`.
 #[must_use]
 pub fn finish(begun: Begun, logs: &Logs, context: &Context<'_>) -> Appraisal {
-    let whole = if logs.are_whole() { run(&begun, None, logs, context) } else { Err(WholeNeeded) };
+    let whole = if logs.begin() { run(&begun, None, logs, context) } else { Err(WholeNeeded) };
     whole.unwrap_or_else(|WholeNeeded| {
         let finding = malformed(&"a log does not begin at its start");
         let Begun { quoted, stated, skipped, .. } = begun;
@@ -376,6 +377,7 @@ fn run(begun: &Begun, kept: Option<&Kept>, logs: &Logs, context: &Context<'_>) -
     let unlisted = programs::check(&host_list, &log, &sessions, &policy.host, &judge, &mut skipped);
     host.extend(unlisted.host);
     let mut notes = sessions.notes.clone();
+    host.extend(log::check_beginning(&log, &policy.host, &mut notes));
     host.extend(past.iter().filter_map(|gap| sessions::past_gap_finding(gap, policy, &mut notes)));
     let mut dictionary = kept.map(|kept| kept.dictionary.clone()).unwrap_or_default();
     dictionary.extend(&context.shared.pool, &logs.dictionary.items);
@@ -416,6 +418,7 @@ fn run(begun: &Begun, kept: Option<&Kept>, logs: &Logs, context: &Context<'_>) -
             epoch: statement.epoch,
             records: statement.log_len,
             registers: log.registers(),
+            statement: Some(sha256(&[&begun.head.statement.0])),
             history_accepted,
             clock,
             boot_id: Some(epoch::last_boot(&log)),
@@ -463,6 +466,11 @@ fn take_records(
         Some(kept) => kept.sessions.clone(),
         None => Arc::new(Sessions::begin(context.state.base_for(statement.epoch))),
     };
+    if kept.is_none() && log.first() > 0 {
+        // What they began with may be in what was dropped.
+        Arc::make_mut(&mut sessions)
+            .cut(statement.vms.iter().map(|vm| VmRef { vm: vm.vm, session: vm.session }), &names);
+    }
     if !log.events().is_empty() {
         Arc::make_mut(&mut sessions).take(log, &names, policy);
     }

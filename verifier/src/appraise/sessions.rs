@@ -45,6 +45,8 @@ pub struct Session {
     pub refused: Option<Box<VmRefuse>>,
     /// Whether it was there before this epoch's log.
     pub older: bool,
+    /// Whether it may have begun in a part of the log that was dropped.
+    pub cut: bool,
     /// How often in this epoch its guest can have begun a new boot: resets, and gaps that may hide one.
     pub reboots: u64,
     /// The record of the proxy's last start since which this VM was neither measured again nor ended.
@@ -121,6 +123,18 @@ impl Sessions {
     #[must_use]
     pub fn fit(&self, names: &BTreeMap<SessionId, &str>) -> bool {
         self.assumed.iter().all(|(session, name)| names.get(session).copied() == name.as_deref())
+    }
+
+    /// The log's beginning was dropped: these VMs, which the host states, may have begun there. Before the first event is taken.
+    pub fn cut(&mut self, vms: impl Iterator<Item = VmRef>, names: &BTreeMap<SessionId, &str>) {
+        let policy = Policy::default();
+        let mut fold = Fold { out: self, names, policy: &policy, epoch: 0 };
+        for vm in vms {
+            fold.open(vm);
+            if let Some(session) = fold.out.by_id.get_mut(&vm.session) {
+                Arc::make_mut(session).cut = true;
+            }
+        }
     }
 
     /// Takes in what the log goes on with. The caller must trust it. `names` are the VMs' names as the host states them
@@ -275,7 +289,8 @@ impl Fold<'_> {
                 let note = format!("record {recnum}: the proxy (version {}) was started again", start.version);
                 self.out.notes.push(note);
             }
-            EventBody::ProxyStart(_) => {}
+            // The replay has held a segment against what was before it.
+            EventBody::ProxyStart(_) | EventBody::LogSegment(_) => {}
             EventBody::Unknown { kind, .. } => self.out.findings.push(unknown(recnum, kind)),
             // An event of a VM without a VM cannot be judged.
             body => self.out.findings.push(unknown(recnum, &format!("{} without a VM", body.kind()))),
@@ -297,6 +312,7 @@ impl Fold<'_> {
                 name: stated.filter(|_| ended.is_none()).unwrap_or(&tree.name).to_owned(),
                 before: known.is_some(),
                 older: known.is_some(),
+                cut: false,
                 // Until this log says that it was looked at again.
                 unseen_since: known.is_some().then_some(0),
                 start: known.map(|known| known.start.clone()),

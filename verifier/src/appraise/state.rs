@@ -69,6 +69,10 @@ pub struct Accepted {
     #[serde(default)]
     #[n(7)]
     pub past_gaps: Vec<PastGap>,
+    /// SHA-256 of the host's statement.
+    #[serde(default)]
+    #[n(8)]
+    pub statement: Option<Sha256>,
 }
 
 /// A guest's list as accepted.

@@ -263,7 +263,7 @@ fn images(tree: &Tree, vm: VmRef) -> Vec<ImageLine> {
 
 /// A guest begins a new list only after its VM was reset. Only sessions that are whole in this log can be counted.
 fn boots_without_reset(one: &Present<'_>) -> Option<Finding> {
-    let session = one.session.filter(|s| !s.older && s.before)?;
+    let session = one.session.filter(|s| !s.older && !s.cut && s.before)?;
     let boots = one.stated?.boots.len() as u64;
     (boots > session.reboots + 1).then(|| {
         let finding = Finding::new(Code::GuestRewind, format!("{boots} lists"));

@@ -39,6 +39,9 @@ pub struct HostRule {
     /// Whether QEMU processes that the proxy does not manage may run.
     #[serde(default)]
     pub unmanaged: Consent,
+    /// Whether the log may begin with a later segment, where its beginning was dropped before this verifier had it.
+    #[serde(default)]
+    pub dropped_records: Consent,
     /// What the firmware's event log must show; with it the log is demanded.
     pub firmware: Option<FirmwareRule>,
     /// The proxy's binary.
@@ -76,6 +79,7 @@ impl Default for HostRule {
             pcr_guest: DEFAULT_PCR_GUEST,
             accept_gaps: BTreeSet::new(),
             unmanaged: Consent::Refused,
+            dropped_records: Consent::Refused,
             firmware: None,
             proxy: Allowed::Any,
             unlisted_programs: Consent::Refused,

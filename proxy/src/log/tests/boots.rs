@@ -142,13 +142,13 @@ fn swtpm_counts_as_this_log_expects() {
         assert_eq!(after.safe, safe, "{what}");
         // Under another kernel: a reboot is no gap, and where the registers stayed it is a kexec.
         let number = run(&swtpm, 2);
-        let bytes = std::fs::read(crate::log::LogFolder::new(dir.path()).path(number)).unwrap();
+        let bytes = std::fs::read(crate::log::LogFolder::new(dir.path()).path(number, 0)).unwrap();
         let told = told(&bytes);
         assert_eq!((number, told.gaps), if stay { (1, vec![GapReason::Kexec]) } else { (2, vec![]) }, "{what}");
         // Once more under the same kernel.
         swtpm.restart_with(shutdown, startup);
         let next = run(&swtpm, 2);
-        let bytes = std::fs::read(crate::log::LogFolder::new(dir.path()).path(next)).unwrap();
+        let bytes = std::fs::read(crate::log::LogFolder::new(dir.path()).path(next, 0)).unwrap();
         let gaps = super::told(&bytes).gaps;
         let expected = if stay { (1, vec![GapReason::Kexec]) } else { (3, vec![GapReason::TpmReset]) };
         assert_eq!((next, gaps), expected, "{what}");

@@ -27,6 +27,7 @@ mod damage;
 mod failure;
 mod real;
 mod recorder;
+mod segments;
 
 pub(super) const BANKS: [HashAlg; 3] = [HashAlg::Sha1, HashAlg::Sha256, HashAlg::Sha384];
 
@@ -153,6 +154,7 @@ fn config() -> RecorderConfig {
         quoted_pcrs: QUOTED_PCRS.to_vec(),
         quoted_banks: HashAlg::ALL.to_vec(),
         inventory: Arc::default(),
+        segment_bytes: u64::MAX,
         now: Box::new(|| TimeMs(5)),
         new_epoch_id: Box::new(|| EpochId([EPOCHS.fetch_add(1, Ordering::Relaxed); 16])),
     }

@@ -24,7 +24,7 @@ fn start(dir: &Path, tcti: &str) -> Result<(Recorder, LogHandle), RecorderError>
 }
 
 fn read(dir: &Path, epoch: u64) -> Vec<u8> {
-    std::fs::read(LogFolder::new(dir).path(epoch)).unwrap()
+    std::fs::read(LogFolder::new(dir).path(epoch, 0)).unwrap()
 }
 
 fn registers(tcti: &str) -> Registers {

@@ -142,6 +142,7 @@ fn state() -> HostState {
     let register =
         |pcr| RegisterValue { bank: onequote_evidence::digest::HashAlg::Sha256, pcr, value: Blob(vec![7; 32]) };
     state.accepted = Some(Accepted {
+        statement: None,
         epoch: onequote_evidence::id::Epoch { number: 1, id: onequote_evidence::id::EpochId([1; 16]) },
         records: 1000,
         registers: vec![register(12), register(13)],

@@ -8,6 +8,7 @@ mod history;
 mod ima;
 mod policy;
 mod programs;
+mod segments;
 
 use super::{Appraisal, testing::*};
 use crate::{
