@@ -252,7 +252,7 @@ async fn two_stores_on_one_database_are_one(place: &Place) {
                 match store.take(Taken { part, ..taken(&id, host.version, &verdict) }).await.unwrap() {
                     Take::Kept(version) => {
                         assert!(version == host.version + 1 && store.parts(&id).await.unwrap().len() > parts);
-                        return;
+                        return version;
                     }
                     other => assert_eq!(other, Take::Moved),
                 }
@@ -260,7 +260,9 @@ async fn two_stores_on_one_database_are_one(place: &Place) {
             panic!("always too late");
         });
     }
-    tasks.join_all().await;
+    let mut versions = tasks.join_all().await;
+    versions.sort_unstable();
+    assert_eq!(versions, (2..12).collect::<Vec<_>>(), "each version is one's");
     assert_eq!(stores[1].host(&id).await.unwrap().version, 11);
     let mut parts = stores[0].parts(&id).await.unwrap();
     parts.sort();
@@ -620,4 +622,37 @@ fn a_server_that_is_away_is_an_error_and_then_everything_goes_on() {
     server.resume().unwrap();
     let version = runtime.block_on(store.host(&id)).unwrap().version;
     assert_eq!((version, runtime.block_on(take(&store, &id, 2, None))), (2, Take::Kept(3)));
+}
+
+#[test]
+fn takes_of_one_host_at_two_replicas_wait_for_each_other() {
+    let server = Postgres::start_with(&["fsync=off"]).unwrap();
+    let url = server.database("v").unwrap();
+    block_on(async {
+        let stores = [Database::connect(&url).await?, Database::connect(&url).await?];
+        stores[0].enrol(&enrolment(1), false).await?;
+        // Somebody has the host's row until both have come to it.
+        let mut holder = PgConnection::connect(&url).await?;
+        sqlx::raw_sql("BEGIN; SELECT 1 FROM host FOR UPDATE").execute(&mut holder).await?;
+        let takes = stores.map(|store| {
+            let id: HostId = "h1".parse().unwrap();
+            tokio::spawn(async move { take(&store, &id, 1, None).await })
+        });
+        let mut watcher = PgConnection::connect(&url).await?;
+        let sql = "SELECT 1 FROM pg_stat_activity
+            WHERE application_name = 'onequote-verifier' AND wait_event_type = 'Lock'";
+        while sqlx::query(sql).fetch_all(&mut watcher).await?.len() < 2 {
+            assert!(takes.iter().all(|take| !take.is_finished()));
+            tokio::task::yield_now().await;
+        }
+        sqlx::raw_sql("COMMIT").execute(&mut holder).await?;
+        let [one, other] = takes;
+        let (one, other) = (one.await?, other.await?);
+        assert!(
+            [(Take::Kept(2), Take::Moved), (Take::Moved, Take::Kept(2))].contains(&(one, other)),
+            "{one:?} {other:?}"
+        );
+        Ok(())
+    })
+    .unwrap();
 }
