@@ -18,6 +18,7 @@
 //! - [`guest_frame`]: what the shim and the proxy say to each other over vsock.
 //! - [`join`]: what a host and a verifier say to each other before the first quote.
 //! - [`nonce_tree`], [`statement`], [`stream`]: one quote for many challenges, and the evidence that goes with it.
+//! - [`report`]: what a host that reports and a verifier say to each other.
 
 pub mod cbor;
 pub mod digest;
@@ -33,6 +34,7 @@ pub mod nonce_tree;
 pub mod pcr;
 mod reader;
 pub mod record;
+pub mod report;
 pub mod statement;
 pub mod stream;
 pub mod tpm;

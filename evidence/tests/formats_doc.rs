@@ -20,7 +20,7 @@ use onequote_evidence::{
         RefuseCause, Role, StopCause,
     },
     firmware::{self, FirmwareLog, Guid, Separator},
-    guest_frame, id, ima, join, nonce_tree, pcr, record, statement, stream,
+    guest_frame, id, ima, join, nonce_tree, pcr, record, report, statement, stream,
     tpm::{Attest, KeyParameters, Public, Signature},
 };
 
@@ -184,6 +184,12 @@ fn limits() {
         ("record::MAX_CONTENT", record::MAX_CONTENT),
         ("record::MAX_RECORD", record::MAX_RECORD),
         ("record::MAX_EVENTS", record::MAX_EVENTS),
+        ("report::MAX_CHUNK", report::MAX_CHUNK),
+        ("report::EAGER", report::EAGER as usize),
+        ("report::MAX_REPORT", report::MAX_REPORT as usize),
+        ("report::MAX_PROXY_FRAME", report::MAX_PROXY_FRAME),
+        ("report::MAX_VERIFIER_FRAME", report::MAX_VERIFIER_FRAME),
+        ("report::MAX_TEXT", report::MAX_TEXT),
         ("statement::MAX_STATEMENT", statement::MAX_STATEMENT),
         ("stream::MAX_ANSWER_ITEM", stream::MAX_ANSWER_ITEM),
         ("stream::MAX_EXPANDED", stream::MAX_EXPANDED),

@@ -4,10 +4,12 @@
 //! digest says that. Nothing rests on this for truth: whoever puts a stream onto what it has replays the whole of it to
 //! the registers of the quote, and a piece that does not fit gives a log that does not replay.
 
+use minicbor::{Decode, Encode};
 use sha2::{Digest as _, Sha256 as Hasher};
 
 use super::{Evidence, Guest};
 use crate::{
+    cbor,
     digest::sha256,
     id::{SessionId, Sha256, VmId},
 };
@@ -16,52 +18,67 @@ use crate::{
 pub const MAX_KNOWN_GUESTS: usize = 4096;
 
 /// The beginnings of logs that a verifier has. What is left out is not there, or not wanted to be relied on.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(map)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields, default))]
 pub struct Have {
     /// SHA-256 of the statement of evidence that the verifier has accepted and has all of. A proxy that remembers this
     /// statement knows with it how much of every log that is, and looks at nothing else in here; for another one the
     /// details count.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    #[n(0)]
     pub statement: Option<Sha256>,
     /// Of the firmware's event log, in bytes.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    #[n(1)]
     pub firmware: Option<Known>,
     /// Of the host's IMA list, in bytes.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    #[n(2)]
     pub host_ima: Option<Known>,
     /// Of the measurement log, in bytes.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    #[n(3)]
     pub records: Option<Known>,
     /// Of the dictionary, in entries.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Option::is_none"))]
+    #[n(4)]
     pub dictionary: Option<Known>,
     /// Of guests' lists, in references; they are those of this dictionary.
     #[cfg_attr(feature = "json", serde(skip_serializing_if = "Vec::is_empty"))]
+    #[cbor(n(5), decode_with = "cbor::at_most::<MAX_KNOWN_GUESTS, _, _>")]
     pub guests: Vec<KnownGuest>,
 }
 
 /// The beginning of a log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(map)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Known {
     /// How much of it: bytes, entries or references.
+    #[n(0)]
     pub len: u64,
     /// SHA-256 of that.
+    #[n(1)]
     pub digest: Sha256,
 }
 
 /// The beginning of one guest's list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(map)]
 #[cfg_attr(feature = "json", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct KnownGuest {
     /// The VM.
+    #[n(0)]
     pub vm: VmId,
     /// Its QEMU process.
+    #[n(1)]
     pub session: SessionId,
     /// Which boot of it.
+    #[n(2)]
     pub boot: u32,
     /// How much.
+    #[n(3)]
     pub known: Known,
 }
 

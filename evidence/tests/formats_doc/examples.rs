@@ -7,11 +7,12 @@ use onequote_evidence::{
     digest::{FileDigest, HashAlg, sha256},
     event::{Component, Depth, Event, HowRead, Image, ImageRead, MemoryCheck, Role, VmPause, VmRef},
     guest_frame::{self, GuestFrame, HostFrame, to_wire},
-    id::{BootId, Epoch, EpochId, Nonce, SessionId, Sha256, TimeMs, VmId},
+    id::{Blob, BootId, Epoch, EpochId, Nonce, SessionId, Sha256, TimeMs, VmId},
     ima::{Aggregate, FileSignature, ListReader, SignatureKind},
     nonce_tree::{self, Step},
     pcr::{RegisterValue, extend},
     record::Record,
+    report::{self, Ask, ProxyFrame},
     statement::{self, GuestBoot, Statement, Unmanaged, VmState},
     stream::{self, Dictionary, Guest, Head, Item, Piece},
 };
@@ -94,6 +95,11 @@ fn statement() -> Statement {
     }
 }
 
+fn ask() -> Ask {
+    let (nonce, statement) = (Blob(vec![1; 32]), Some(Sha256([2; 32])));
+    Ask { nonce, statement, expires_ms: 1, period_ms: 60_000, gap_ms: 500, now: true }
+}
+
 fn nonce() -> Nonce {
     Nonce::new(vec![0x44; 16]).unwrap()
 }
@@ -150,6 +156,10 @@ pub(crate) fn written() -> BTreeMap<&'static str, Vec<u8>> {
         ("qualifying-data", nonce_tree::qualifying_data(&root(), &statement().to_bytes()).0.to_vec()),
         ("stream", pieces.stream(head())),
         (
+            "report-hello",
+            report::to_wire(&ProxyFrame::Hello { version: report::VERSION, host: "host-1".parse().unwrap() }),
+        ),
+        (
             "hello",
             to_wire(&GuestFrame::Hello {
                 version: guest_frame::VERSION,
@@ -183,6 +193,7 @@ pub(crate) fn maps() -> Vec<(&'static str, Vec<u8>)> {
     let image_read = ImageRead { slot: "disk0".into(), how: HowRead::Full, bytes: 1, why: "x".into() };
     let statement = statement();
     vec![
+        ("ask", cbor::encode(&ask())),
         ("component", cbor::encode(&component)),
         ("image", cbor::encode(&image)),
         ("image-read", cbor::encode(&image_read)),

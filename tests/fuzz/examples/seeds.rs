@@ -45,6 +45,7 @@ fn main() {
             "ima-signature" => ("ima_signature", bytes),
             "hello" | "resume" | "entries" | "heartbeat" | "collected" => ("guest_frame", bytes[4..].to_vec()),
             "have" | "collect" => ("host_frame", bytes[4..].to_vec()),
+            "report-hello" => ("report_frame", [&[0], &bytes[4..]].concat()),
             "attest" | "signature" | "public" | "statement" => (name, bytes),
             "firmware-log" => ("firmware", bytes),
             "record" => ("record", bytes),
