@@ -39,7 +39,7 @@ use crate::{
         Acknowledged, FileStore, LogFolder, LogHandle, LogRead as _, PcrRole, RecordStream, Recorder, RecorderConfig,
         RecorderError, StoreError, remembered,
     },
-    measure, notify,
+    measure, notify, report,
     serve::{
         AskError, Deleting, Doors, ReadPast, Releasing, TlsListener, publish_address, serve_admin, serve_verifiers,
         tell_json,
@@ -257,8 +257,15 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         room,
         acknowledged: Arc::clone(&acknowledged),
         digester,
+        reports: members.reports(),
     });
     let releasing = Releasing { acknowledged, log: log.clone() };
+    let reporting = config.report.enabled.then(|| report::Proxy {
+        attest: attest.clone(),
+        log: log.clone(),
+        releasing: releasing.clone(),
+        verifier: String::new(),
+    });
     let doors = Doors { attest, status, releasing };
     let (admin, admin_doors, joining) = (config.admin_socket(), doors.clone(), Arc::clone(&members));
     tasks.spawn(async move {
@@ -279,7 +286,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
         0 => warn!(%address, "ready, but nobody can ask: the configuration names no verifier, and none was joined"),
         verifiers => info!(%address, verifiers, "ready"),
     }
-    members.start(memberships, address.port()).await;
+    members.start(memberships, address.port(), reporting).await;
     tasks.spawn(watch_epoch(log));
     if let Err(e) = notify::ready() {
         warn!("the service manager cannot be told that the proxy is ready: {e}");

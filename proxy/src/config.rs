@@ -72,6 +72,9 @@ pub struct Config {
     /// The measurement log.
     #[serde(default)]
     pub log: Log,
+    /// Reports to verifiers that were joined.
+    #[serde(default)]
+    pub report: Report,
 }
 
 /// The TPM.
@@ -200,6 +203,22 @@ pub struct Guest {
     pub max_entries: u64,
     /// Bytes of entries, new to the host, that one guest may send in one session.
     pub max_bytes: u64,
+}
+
+/// Reports to verifiers that were joined. How often they want them they say themselves.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Report {
+    /// Whether a connection to each of them is held, over which the host reports and can be asked.
+    pub enabled: bool,
+    /// Whether a change on the host is reported at once, if the verifier wants that.
+    pub changes: bool,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self { enabled: true, changes: true }
+    }
 }
 
 /// The host's own logs. Absent files are not sent, and the verifier says what it could not check.

@@ -1,7 +1,7 @@
 //! The host's attester: meets VMs over QMP, measures, logs, extends, quotes.
 //!
 //! Rooms in the order in which data passes: [`log`] and [`tpm`] (one thread owns both), [`guest`] (what guests' kernels
-//! measure), [`attest`] (challenges to evidence), [`serve`] (doors). [`inventory`] is what the log says is there.
+//! measure), [`attest`] (challenges to evidence), [`serve`] (doors), [`report`] (to verifiers that were joined). [`inventory`] is what the log says is there.
 
 pub mod app;
 pub mod attest;
@@ -20,6 +20,7 @@ pub mod nbd;
 mod notify;
 pub mod qmp;
 pub mod rate;
+pub mod report;
 pub mod serve;
 pub mod sink;
 pub mod status;

@@ -17,7 +17,7 @@ use crate::{
     inventory::Inventory,
     log::{Acknowledged, Acknowledgement, LogHandle, LogPlace},
     measure::{Digester, Reading},
-    rate,
+    rate, report,
     vm::{Registry, SocketTrouble, Stage, UnmanagedProcess},
 };
 
@@ -54,6 +54,8 @@ pub struct Status {
     pub sockets: Vec<SocketTrouble>,
     /// QEMU processes that are not managed.
     pub unmanaged: Vec<UnmanagedProcess>,
+    /// Reports to verifiers that were joined.
+    pub reports: Vec<report::Shown>,
     /// Lines in the proxy's own log that guests and peers caused, by kind.
     pub messages: BTreeMap<&'static str, rate::Count>,
 }
@@ -113,6 +115,8 @@ pub struct LiveStatus {
     pub acknowledged: Arc<Acknowledged>,
     /// What computes digests.
     pub digester: Digester,
+    /// Reports to verifiers that were joined.
+    pub reports: Arc<report::Reports>,
 }
 
 impl StatusSource for LiveStatus {
@@ -156,6 +160,7 @@ impl StatusSource for LiveStatus {
             measuring: self.digester.readings(),
             sockets: live.sockets,
             unmanaged: live.unmanaged,
+            reports: self.reports.shown(),
             messages: rate::LOG.counts(),
         }
     }

@@ -73,6 +73,7 @@ fn every_key_of_the_configuration_is_there() {
         "[vms]",
         "[intercept]",
         "[guest]",
+        "[report]",
         "[host]",
         "[log]",
         "",
@@ -112,6 +113,7 @@ fn values_of_keys_that_are_left_out() {
     let intercept = told.intercept.unwrap();
     assert_eq!((intercept.vms, intercept.refuse, intercept.clients), (vms, refuse, clients));
     assert!(least.intercept.is_none());
+    assert_eq!((told.report.enabled, told.report.changes), (least.report.enabled, least.report.changes));
     // Of these the page says that they are not set.
     assert!(least.measure.parallel.is_none() && told.measure.parallel.is_none());
     assert!(least.host.firmware_log.is_none() && least.host.ima_list.is_none() && least.enforce.is_none());

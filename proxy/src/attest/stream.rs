@@ -57,6 +57,12 @@ impl Stream {
     }
 }
 
+impl From<Vec<u8>> for Stream {
+    fn from(whole: Vec<u8>) -> Self {
+        Self::new(whole, &[])
+    }
+}
+
 impl Body for Stream {
     type Data = Bytes;
     type Error = io::Error;

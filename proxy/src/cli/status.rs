@@ -97,6 +97,18 @@ pub async fn print_status(socket: &Path, json: bool, out: &mut dyn Write) -> io:
         let (path, waiting) = (text(&file["path"]), text(&file["waiting"]));
         writeln!(out, "measuring: {path}: {percent} % of {} MiB, {waiting} waiting", size >> 20)?;
     }
+    for report in status["reports"].as_array().into_iter().flatten() {
+        let [verifier, reports, last] = [&report["verifier"], &report["reports"], &report["last"]].map(text);
+        let told = match report["last"].is_object() {
+            true => format!("the last: {} ({})", text(&report["last"]["state"]), text(&report["last"]["cause"])),
+            false => last,
+        };
+        let connected = if report["connected"].is_null() { "not connected" } else { "connected" };
+        writeln!(out, "reports to {verifier}: {connected}, {reports} taken, {told}")?;
+        if let Some(why) = report["failure"].as_str() {
+            writeln!(out, "    {}", printable(why))?;
+        }
+    }
     for process in status["unmanaged"].as_array().into_iter().flatten() {
         writeln!(out, "unmanaged: pid {} {}", text(&process["pid"]), text(&process["program"]))?;
     }

@@ -15,7 +15,7 @@ use onequote_evidence::{
     join::{EXPORTER_LABEL, MAX_MESSAGE, Refused, VERIFIER_NAME},
 };
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    AlertDescription, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -27,7 +27,7 @@ use rustls::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::JoinError;
 
@@ -64,34 +64,52 @@ pub(super) fn address(url: &str) -> Option<String> {
     fits.then(|| Some(format!("{}:{}", uri.host()?, uri.port_u16()?)))?
 }
 
+/// A TLS connection with a verifier.
+pub(crate) struct Dialled {
+    /// It.
+    pub(crate) stream: TlsStream<TcpStream>,
+    /// Its exporter value.
+    pub(crate) binding: Vec<u8>,
+}
+
+/// Connects with the verifier at `url`, for a protocol other than HTTP if one is named.
+pub(super) async fn dial(url: &str, known: Known<'_>, protocol: Option<&[u8]>) -> Result<Dialled, JoinError> {
+    let address = address(url).ok_or_else(|| JoinError::Url(url.to_owned()))?;
+    let mut config = config(known).map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
+    config.alpn_protocols.extend(protocol.map(<[u8]>::to_vec));
+    let connect = async {
+        let unreachable = |source| JoinError::Unreachable { address: address.clone(), source };
+        let tcp = TcpStream::connect(&address).await.map_err(unreachable)?;
+        tcp.set_nodelay(true).map_err(unreachable)?;
+        let name = ServerName::try_from(VERIFIER_NAME)
+            .map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
+        let connector = TlsConnector::from(Arc::new(config));
+        let stream = connector.connect(name, tcp).await;
+        stream.map_err(|e| match e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => JoinError::Protocol,
+            _ => JoinError::Tls { address: address.clone(), why: e.to_string() },
+        })
+    };
+    let timed_out = |_| JoinError::Unreachable {
+        address: address.clone(),
+        source: std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer"),
+    };
+    let stream = tokio::time::timeout(REACH, connect).await.map_err(timed_out)??;
+    let binding = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None);
+    let binding = binding.map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
+    Ok(Dialled { stream, binding: binding.to_vec() })
+}
+
 impl Connection {
     /// Connects with the verifier at `url`.
     pub(super) async fn open(url: &str, known: Known<'_>) -> Result<Self, JoinError> {
-        let address = address(url).ok_or_else(|| JoinError::Url(url.to_owned()))?;
-        let config = config(known).map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
-        let connect = async {
-            let unreachable = |source| JoinError::Unreachable { address: address.clone(), source };
-            let tcp = TcpStream::connect(&address).await.map_err(unreachable)?;
-            tcp.set_nodelay(true).map_err(unreachable)?;
-            let name = ServerName::try_from(VERIFIER_NAME)
-                .map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
-            let connector = TlsConnector::from(Arc::new(config));
-            let stream = connector.connect(name, tcp).await;
-            stream.map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })
-        };
-        let timed_out = |_| JoinError::Unreachable {
-            address: address.clone(),
-            source: std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer"),
-        };
-        let stream = tokio::time::timeout(REACH, connect).await.map_err(timed_out)??;
-        let binding = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None);
-        let binding = binding.map_err(|e| JoinError::Tls { address: address.clone(), why: e.to_string() })?;
+        let Dialled { stream, binding } = dial(url, known, None).await?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
         let driver = tokio::spawn(async move {
             // The request's own error is reported.
             let _ = connection.await;
         });
-        Ok(Self { sender, driver, binding: binding.to_vec() })
+        Ok(Self { sender, driver, binding })
     }
 
     /// Sends a message and gives the answer.

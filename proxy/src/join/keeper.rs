@@ -5,18 +5,22 @@
 //! certificate in force goes on until its end. A renewal is signed by the attestation key, through the log, which has
 //! the TPM.
 
-use std::{sync::Weak, time::Duration};
+use std::{
+    sync::{Arc, PoisonError, RwLock, Weak},
+    time::Duration,
+};
 
 use onequote_evidence::{
     id::{Blob, Sha256, TimeMs},
     join::{Certified, Here, RenewChallenge, RenewProof, RenewRequest, key_message, renewal_data},
 };
 use rcgen::{PublicKeyData as _, SigningKey as _};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tracing::{error, info, warn};
 
 use super::{
     JoinError, Membership,
-    connection::{Connection, Known, message},
+    connection::{Connection, Dialled, Known, dial, message},
     members::Members,
 };
 use crate::log::LogHandle;
@@ -34,6 +38,8 @@ pub(super) struct Keeper {
     pub(super) log: LogHandle,
     /// Where certificates are in force; gone when the proxy ends.
     pub(super) members: Weak<Members>,
+    /// By what its reports connect.
+    pub(super) own: Arc<RwLock<Own>>,
     /// The port on which the proxy listens.
     pub(super) port: u16,
     /// The host's clock.
@@ -103,8 +109,42 @@ impl Keeper {
             return Err(JoinError::Broken("a certificate for another host, or of another authority".to_owned()));
         }
         let Some(members) = self.members.upgrade() else { return Ok(()) };
-        members.change(|_| Ok(membership.renew(&certified, &key, (self.now)())?))
+        members.change(|_| Ok(membership.renew(&certified, &key, (self.now)())?))?;
+        *self.own.write().unwrap_or_else(PoisonError::into_inner) = Own::of(membership);
+        Ok(())
     }
+}
+
+/// By what a member connects with its verifier.
+pub(crate) struct Own {
+    url: String,
+    authority: CertificateDer<'static>,
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+    /// When the certificate came, by the host's clock.
+    pub(crate) received: TimeMs,
+}
+
+impl Own {
+    pub(super) fn of(membership: &Membership) -> Self {
+        let Membership { details, authority, certificate, key, .. } = membership;
+        Self {
+            url: details.url.clone(),
+            authority: authority.clone(),
+            certificate: certificate.clone(),
+            key: key.clone_key(),
+            received: details.received,
+        }
+    }
+}
+
+/// Connects with the verifier as a member, for a protocol other than HTTP.
+pub(crate) async fn dial_member(own: &RwLock<Own>, protocol: &[u8]) -> Result<Dialled, JoinError> {
+    let (url, authority, own) = {
+        let own = own.read().unwrap_or_else(PoisonError::into_inner);
+        (own.url.clone(), own.authority.clone(), (own.certificate.clone(), own.key.clone_key()))
+    };
+    dial(&url, Known::Authority { authority: &authority, own }, Some(protocol)).await
 }
 
 async fn connect(membership: &Membership) -> Result<Connection, JoinError> {

@@ -1,4 +1,4 @@
-//! The memberships of a running proxy: whom it lets in because of them, and one keeper for each.
+//! The memberships of a running proxy: whom it lets in because of them, and one keeper and one reporter for each.
 //!
 //! A host may join while its proxy runs: the command line hands the wish over, and the proxy, which has the TPM, joins and
 //! lets the verifier in from then on. What is in force is always what is on disk: after a join and after a renewal all
@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
 };
 
 use onequote_evidence::id::TimeMs;
@@ -16,13 +16,14 @@ use tracing::info;
 
 use super::{
     Done, JoinError, Membership, TpmAccess, Wish,
-    keeper::{Keeper, keep},
+    keeper::{Keeper, Own, keep},
     request,
 };
 use crate::{
     config::Config,
     identity::{Access, Identity, IdentityError},
     log::LogHandle,
+    report::{self, Reporter, Reports},
 };
 
 /// The memberships of a running proxy.
@@ -36,8 +37,11 @@ pub struct Members {
     port: OnceLock<u16>,
     /// What is on disk and what is in force change together.
     changing: Mutex<()>,
-    /// By the verifier's name. One join at a time.
-    keepers: tokio::sync::Mutex<BTreeMap<String, JoinHandle<()>>>,
+    /// Where evidence for reports comes from; none where the operator wants no reports.
+    reporting: OnceLock<Option<report::Proxy>>,
+    reports: Arc<Reports>,
+    /// Keeper and reporter by the verifier's name. One join at a time.
+    keepers: tokio::sync::Mutex<BTreeMap<String, Vec<JoinHandle<()>>>>,
 }
 
 impl Members {
@@ -63,6 +67,8 @@ impl Members {
             now,
             port: OnceLock::new(),
             changing: Mutex::default(),
+            reporting: OnceLock::new(),
+            reports: Arc::default(),
             keepers,
         }))
     }
@@ -73,9 +79,17 @@ impl Members {
         Arc::clone(&self.access)
     }
 
-    /// Keeps all memberships up from now on; the proxy listens on this port.
-    pub async fn start(self: &Arc<Self>, memberships: Vec<Membership>, port: u16) {
+    /// How reporting to verifiers goes.
+    #[must_use]
+    pub fn reports(&self) -> Arc<Reports> {
+        Arc::clone(&self.reports)
+    }
+
+    /// Keeps all memberships up from now on, and reports evidence from there, if that is wanted; the proxy listens on this
+    /// port.
+    pub async fn start(self: &Arc<Self>, memberships: Vec<Membership>, port: u16, reporting: Option<report::Proxy>) {
         let mut keepers = self.keepers.lock().await;
+        let _ = self.reporting.set(reporting);
         let _ = self.port.set(port);
         for membership in memberships {
             self.keep(&mut keepers, membership, port);
@@ -92,10 +106,8 @@ impl Members {
         let joined = request(&self.config, wish, (self.now)(), port, TpmAccess::Log(self.log.clone())).await?;
         // A keeper must not write what it knew into the folder of the new membership.
         for name in joined.replaces(&self.config.state_dir)? {
-            if let Some(keeper) = keepers.remove(&name) {
-                keeper.abort();
-                let _ = keeper.await;
-            }
+            end(keepers.remove(&name)).await;
+            self.reports.remove(&name);
         }
         self.change(|state| joined.keep(state))?;
         let mut all = Membership::all(&self.config.state_dir)?;
@@ -115,17 +127,38 @@ impl Members {
         admitted.map_err(|e| JoinError::Identity(Box::new(e)))
     }
 
-    fn keep(self: &Arc<Self>, keepers: &mut BTreeMap<String, JoinHandle<()>>, membership: Membership, port: u16) {
+    fn keep(self: &Arc<Self>, keepers: &mut BTreeMap<String, Vec<JoinHandle<()>>>, membership: Membership, port: u16) {
         let name = membership.name.clone();
-        let keeper = Keeper { log: self.log.clone(), members: Arc::downgrade(self), port, now: self.now };
-        keepers.insert(name, tokio::spawn(keep(keeper, membership)));
+        let own = Arc::new(RwLock::new(Own::of(&membership)));
+        let mut tasks = Vec::new();
+        if let Some(Some(attest)) = self.reporting.get() {
+            let reporter = Reporter {
+                verifier: name.clone(),
+                host: self.config.host_id.clone(),
+                attest: Arc::new(report::Proxy { verifier: name.clone(), ..attest.clone() }),
+                connect: report::Dial::new(Arc::clone(&own)),
+                changes: self.config.report.changes,
+                status: self.reports.add(&name),
+                now: self.now,
+            };
+            tasks.push(tokio::spawn(reporter.run()));
+        }
+        let keeper = Keeper { log: self.log.clone(), members: Arc::downgrade(self), own, port, now: self.now };
+        tasks.push(tokio::spawn(keep(keeper, membership)));
+        keepers.insert(name, tasks);
     }
 
     /// Ends all keepers. The TPM can be closed when this has returned.
     pub async fn stop(&self) {
-        for (_, keeper) in std::mem::take(&mut *self.keepers.lock().await) {
-            keeper.abort();
-            let _ = keeper.await;
+        for (_, tasks) in std::mem::take(&mut *self.keepers.lock().await) {
+            end(Some(tasks)).await;
         }
+    }
+}
+
+async fn end(tasks: Option<Vec<JoinHandle<()>>>) {
+    for task in tasks.into_iter().flatten() {
+        task.abort();
+        let _ = task.await;
     }
 }

@@ -21,6 +21,8 @@ use rcgen::{PublicKeyData as _, SigningKey as _};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use connection::Dialled;
+pub(crate) use keeper::{Own, dial_member};
 pub use members::Members;
 pub use membership::{Details, Membership};
 
@@ -58,6 +60,9 @@ pub enum JoinError {
         /// Why.
         why: String,
     },
+    /// It does not speak what was wanted.
+    #[error("the verifier does not take reports")]
+    Protocol,
     /// The verifier says no.
     #[error("the verifier refuses ({code}): {error}")]
     Refused {
