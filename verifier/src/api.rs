@@ -1,17 +1,18 @@
 //! `serve`: asks every enrolled host again and again, keeps the last verdicts, and shows them as JSON.
 //!
-//! One task a host. Its rounds begin a random part of the period after the start, so that hosts are not asked all at
+//! Hosts that report are not asked, as long as they do ([`crate::report`]). Of the others, one task a host. Its rounds begin a random part of the period after the start, so that hosts are not asked all at
 //! once, and follow each other by the period with a tenth of jitter; a host that gives no evidence is asked again
 //! after a growing part of the period. Hosts that are enrolled or removed meanwhile are noticed. Only one round of a
 //! host runs at a time.
 //!
 //! | request | answer |
 //! | --- | --- |
-//! | `GET /v1/hosts` | array of `{id, state, time, expires, vms}`: `vms` counts states |
+//! | `GET /v1/hosts` | array of `{id, state, time, expires, contact, way, connected, vms}`: when and in which way the host was heard last, whether it holds a connection here; `vms` counts states |
 //! | `GET /v1/hosts/{id}` | the verdict, as it holds now |
 //! | `POST /v1/hosts/{id}/attest` | a new verdict |
 //! | `GET /v1/hosts/{id}/expectations` | the host's part of the expectation tree |
 //! | `GET /v1/expectations` | `{digest, hosts}`: the root's digest, and `{id, digest}` of each host |
+//! | `GET /v1/reports` | `{connected, taken, later, waiting}`: hosts that hold a connection, reports since the start that were taken and sent away, and that wait now |
 //! | `GET /healthz` | 200 while the store answers |
 //!
 //! There is no authentication here yet: it listens on loopback unless told otherwise.
@@ -40,9 +41,13 @@ use crate::{
     expectation::{self, HostTree},
     policy::Policy,
     replicas::Replica,
-    result,
+    report::{Counts, NotReported, Reporting},
+    result::{self, Way},
     round::{Fault, Verifier, faulty},
-    store::{Store, StoreError, enrol::EnrolStore},
+    store::{
+        Store, StoreError,
+        enrol::{EnrolStore, Standing},
+    },
 };
 
 /// How often the list of enrolled hosts is read again.
@@ -50,12 +55,18 @@ const REREAD: Duration = Duration::from_secs(2);
 
 /// How often what is old is forgotten.
 const FORGET: Duration = Duration::from_secs(3600);
+/// How long a host that has just joined may take to its first report before it is asked.
+const FIRST_REPORT: Duration = Duration::from_secs(10);
+
+/// How long an answer over a held connection may take before the proxy is asked by another one.
+const HELD_ANSWER: Duration = Duration::from_secs(30);
 
 /// A verifier that serves.
 pub struct Server<S> {
-    verifier: Verifier<S>,
+    verifier: Arc<Verifier<S>>,
     period: Duration,
     keep_audit: Option<Duration>,
+    reporting: Reporting,
     /// One round at a time for each host.
     turns: Mutex<BTreeMap<HostId, Arc<Mutex<()>>>>,
 }
@@ -71,6 +82,12 @@ pub struct Line {
     pub time: Option<TimeMs>,
     /// When it stops to hold.
     pub expires: Option<TimeMs>,
+    /// When evidence came from it last, or a word over the connection that it holds.
+    pub contact: Option<TimeMs>,
+    /// How its last evidence came.
+    pub way: Option<Way>,
+    /// Whether it holds a connection to this verifier.
+    pub connected: bool,
     /// Number of VMs by state.
     pub vms: BTreeMap<result::State, u64>,
 }
@@ -78,8 +95,13 @@ pub struct Line {
 impl<S: EnrolStore> Server<S> {
     /// Asks each host every `period`, and forgets lines of the audit log after `keep_audit`.
     #[must_use]
-    pub fn new(verifier: Verifier<S>, period: Duration, keep_audit: Option<Duration>) -> Arc<Self> {
-        Arc::new(Self { verifier, period, keep_audit, turns: Mutex::default() })
+    pub fn new(
+        verifier: Arc<Verifier<S>>,
+        period: Duration,
+        keep_audit: Option<Duration>,
+        reporting: Reporting,
+    ) -> Arc<Self> {
+        Arc::new(Self { verifier, period, keep_audit, reporting, turns: Mutex::default() })
     }
 
     /// Serves until `stop` is done.
@@ -140,12 +162,23 @@ impl<S: EnrolStore> Server<S> {
 
     async fn keep_asking(self: Arc<Self>, id: HostId) {
         let mut failures = 0;
-        // Only hosts with a verdict wait: a new one is asked at once.
-        let known = self.verifier.store.host(&id).await.is_ok_and(|host| host.verdict.is_some());
-        if known {
-            tokio::time::sleep(self.period.mul_f64(self.random())).await;
+        // Hosts with a verdict wait, and those that may report before they are asked; another one is asked at once.
+        match self.verifier.store.host(&id).await {
+            Ok(host) if host.verdict.is_some() => tokio::time::sleep(self.period.mul_f64(self.random())).await,
+            Ok(host) if host.joined.issued => tokio::time::sleep(self.period.min(FIRST_REPORT)).await,
+            _ => {}
         }
         loop {
+            match self.reports(&id).await {
+                Ok(true) => {
+                    tokio::time::sleep(pause(self.period, 0, self.random())).await;
+                    continue;
+                }
+                Ok(false) => {}
+                Err(StoreError::NoHost(_)) => return,
+                // Asking says the same.
+                Err(_) => {}
+            }
             let answered = match self.attest(&id).await {
                 Ok(verdict) => {
                     tracing::info!(host = %id, state = %verdict.host.state, vms = verdict.vms.len(), "attested");
@@ -160,6 +193,29 @@ impl<S: EnrolStore> Server<S> {
             failures = if answered { 0 } else { failures + 1 };
             tokio::time::sleep(pause(self.period, failures, self.random())).await;
         }
+    }
+
+    /// Whether a host reports by itself, so that it need not be asked: it holds a connection here, or its last verdict came
+    /// from a report, maybe to another verifier on the same database, and is not so old that it counts as unreachable.
+    async fn reports(&self, id: &HostId) -> Result<bool, StoreError> {
+        let host = self.verifier.store.host(id).await?;
+        if host.standing != Standing::Enrolled {
+            return Ok(false);
+        }
+        let now = self.verifier.source.now();
+        let lives = |v: result::Verdict| v.way == Way::Reported && v.at(now).host.state != result::State::Unreachable;
+        Ok(self.reporting.held.contact(id).is_some() || host.verdict.is_some_and(lives))
+    }
+
+    /// Asks a host over the connection that it holds, or else by one to its proxy.
+    async fn attest_now(&self, id: &HostId) -> Result<result::Verdict, Fault> {
+        match tokio::time::timeout(HELD_ANSWER, self.reporting.held.ask(id)).await {
+            Ok(Ok(verdict)) => return Ok(verdict),
+            Ok(Err(NotReported::NoConnection)) => {}
+            Ok(Err(e)) => tracing::info!(host = %id, "no report although the host is connected: {e}"),
+            Err(_) => tracing::info!(host = %id, "no report in time although the host is connected"),
+        }
+        self.attest(id).await
     }
 
     async fn attest(&self, id: &HostId) -> Result<result::Verdict, Fault> {
@@ -210,6 +266,7 @@ fn router<S: EnrolStore>(server: Arc<Server<S>>) -> Router {
         .route("/v1/hosts/{id}/attest", post(attest::<S>))
         .route("/v1/hosts/{id}/expectations", get(expectations::<S>))
         .route("/v1/expectations", get(root::<S>))
+        .route("/v1/reports", get(reports::<S>))
         .route("/healthz", get(health::<S>))
         .with_state(server)
 }
@@ -223,8 +280,13 @@ async fn list<S: EnrolStore>(State(server): Shared<S>) -> Result<Json<Vec<Line>>
         for vm in verdict.iter().flat_map(|verdict| &verdict.vms) {
             *vms.entry(vm.state).or_default() += 1;
         }
+        let evidence = verdict.as_ref().filter(|v| v.quote.is_some());
+        let (told, heard) = (evidence.map(|v| v.time), server.reporting.held.contact(&id));
         lines.push(Line {
             id,
+            contact: told.max(heard),
+            way: evidence.map(|v| v.way),
+            connected: heard.is_some(),
             state: verdict.as_ref().map(|v| v.host.state),
             time: verdict.as_ref().map(|v| v.time),
             expires: verdict.as_ref().map(|v| v.expires),
@@ -248,7 +310,7 @@ async fn attest<S: EnrolStore>(
     Path(id): Path<String>,
 ) -> Result<Json<result::Verdict>, ApiError> {
     let id = host_id(&id)?;
-    match server.attest(&id).await {
+    match server.attest_now(&id).await {
         Ok(verdict) => Ok(Json(verdict)),
         Err(Fault::Store(e @ StoreError::NoHost(_))) => Err(e.into()),
         Err(fault) => Ok(Json(faulty(&id, &fault, None, &*server.verifier.source))),
@@ -279,6 +341,12 @@ async fn tree<S: Store>(store: &S, id: &HostId) -> Result<HostTree, ApiError> {
     let policy = policy.map(|(_, text)| Policy::parse(&text, "the policy in force")).transpose();
     let policy = policy.map_err(|e| ApiError(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))?;
     Ok(HostTree::new(id, &host.state, policy.as_ref()))
+}
+
+async fn reports<S: EnrolStore>(State(server): Shared<S>) -> Json<serde_json::Value> {
+    let Counts { taken, later, waiting } = server.reporting.load.counts();
+    let connected = server.reporting.held.count();
+    Json(json!({ "connected": connected, "taken": taken, "later": later, "waiting": waiting }))
 }
 
 async fn health<S: EnrolStore>(State(server): Shared<S>) -> Result<&'static str, ApiError> {
@@ -359,7 +427,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = Server::new(verifier, Duration::from_secs(60), None);
+        let server = Server::new(Arc::new(verifier), Duration::from_secs(60), None, Reporting::new(1));
         let served = tokio::spawn(server.run(listener, async { stopped.await.unwrap_or_default() }));
 
         assert_eq!(request(address, "GET /healthz").await, (200, "ok\n".into()));

@@ -399,6 +399,9 @@ codes! {
     VerdictExpired = "verdict-expired", Absence,
         "The last verdict is too old to be relied on.",
         "Ask the host again.";
+    HostSilent = "host-silent", Absence,
+        "Nothing was heard of the host for three times as long as a verdict holds.",
+        "See whether host, proxy and network are up; the proxy's status says why it does not report.";
     Unreachable = "unreachable", Absence,
         "The host's proxy cannot be reached.",
         "See whether host, network and proxy are up, and whether the URL is right.";

@@ -12,7 +12,7 @@
 
 use std::{
     collections::HashMap,
-    io::Read,
+    io::{Cursor, Read},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -33,7 +33,8 @@ use crate::{
     enrol::serial,
     finding::{Code, Finding},
     policy::Policy,
-    result::Verdict,
+    report::Appraiser,
+    result::{Verdict, Way},
     round::{Fault, Verifier, millis},
     store::{
         Enrolment, NonceUse, Part, PolicyInForce, StoreError, Take,
@@ -78,6 +79,8 @@ pub struct Wanted {
     pub facts: bool,
     /// The whole evidence.
     pub evidence: bool,
+    /// How the answer came.
+    pub way: Way,
 }
 
 /// What came of an answer.
@@ -542,6 +545,7 @@ impl<S: EnrolStore> Verifier<S> {
     ) -> Result<Outcome, Fault> {
         let id = &known.enrolment.id;
         let Written { mut verdict, mut state, mut kept, mut facts, whole, mut part, parts } = written;
+        verdict.way = wanted.way;
         let next = wanted.next.map(|lifetime| challenge::make(&*self.source, millis(lifetime)));
         let mut nonce = Some(&challenge.nonce);
         let version = loop {
@@ -568,6 +572,7 @@ impl<S: EnrolStore> Verifier<S> {
                     let code = if used == NonceUse::Answered { Code::NonceReused } else { Code::NonceOther };
                     let finding = Finding::new(code, "nonce").actual(&challenge.nonce);
                     verdict = self.without_evidence(known, finding).await?;
+                    verdict.way = wanted.way;
                     (state, kept, facts, part, nonce) = (None, None, None, None, None);
                 }
             }
@@ -605,6 +610,25 @@ impl<S: EnrolStore> Verifier<S> {
             Some(_) => return Ok(None),
         };
         Ok(Some(Finding::new(Code::CertificateRevoked, "certificate").actual(why)))
+    }
+}
+
+impl<S: EnrolStore> Appraiser for Verifier<S> {
+    async fn expect(&self, id: &HostId, now: bool, lifetime: Duration) -> Result<Expected, Fault> {
+        match now {
+            // Evidence that was made before somebody asked is none for them.
+            true => self.expect_now(id, false, lifetime).await,
+            false => Self::expect(self, id, lifetime).await,
+        }
+    }
+
+    async fn details(&self, id: &HostId) -> Result<Have, Fault> {
+        self.have_in_detail(id).await
+    }
+
+    async fn take(&self, id: &HostId, answer: Answer<Cursor<Vec<u8>>>, lifetime: Duration) -> Result<Outcome, Fault> {
+        let wanted = Wanted { next: Some(lifetime), way: Way::Reported, ..Wanted::default() };
+        Self::take(self, id, answer, wanted).await
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The states are kept apart: `untrusted` is bad news, `unmeasured`, `stale` and `unreachable` are no news, and
 //! `verifier-fault` says nothing about the host at all. A VM is never better than its host. A verdict has an expiry;
-//! after it every state in it that was `trusted` is `stale`.
+//! after it every state in it that was `trusted` is `stale`, and after [`SILENCE`] times as long `unreachable`.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ pub const LIMITS: &str = "Not claimed: that a guest whose kernel is already comp
 
 /// How far clocks of those who make and show verdicts may be apart, in milliseconds.
 const CLOCK_SLACK: u64 = 5_000;
+
+/// After how many times the life of a verdict without a newer one its host counts as unreachable.
+pub const SILENCE: u64 = 3;
 
 /// The most findings that are kept for the host or for one VM.
 pub const MAX_FINDINGS: usize = 200;
@@ -71,7 +74,7 @@ impl State {
     pub(crate) fn after(code: Code) -> Self {
         match (code, code.class()) {
             (Code::RuntimeStale | Code::VerdictExpired, _) => Self::Stale,
-            (Code::Unreachable | Code::TlsRefused | Code::ProxyError, _) => Self::Unreachable,
+            (Code::HostSilent | Code::Unreachable | Code::TlsRefused | Code::ProxyError, _) => Self::Unreachable,
             (Code::VerifierFault, _) => Self::VerifierFault,
             (_, Class::Absence) => Self::Unmeasured,
             _ => Self::Untrusted,
@@ -83,6 +86,17 @@ impl std::fmt::Display for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.word())
     }
+}
+
+/// How evidence came.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// The verifier connected with the proxy and asked.
+    #[default]
+    Asked,
+    /// The host reported, over the connection that it holds.
+    Reported,
 }
 
 /// A verdict.
@@ -98,6 +112,9 @@ pub struct Verdict {
     pub skipped: Vec<Skipped>,
     /// What the operator should know although it changes no state.
     pub notes: Vec<String>,
+    /// How the evidence came.
+    #[serde(default)]
+    pub way: Way,
     /// When it was made, by the verifier's clock.
     pub time: TimeMs,
     /// When it stops to hold.
@@ -216,25 +233,33 @@ impl Verdict {
             quote: None,
             skipped: Vec::new(),
             notes: Vec::new(),
+            way: Way::Asked,
             time: now,
             expires: now,
             limits: LIMITS.to_owned(),
         }
     }
 
-    /// The verdict as it may be shown at `now`: after its expiry nothing in it is trusted any more.
+    /// The verdict as it may be shown at `now`: after its expiry nothing in it is trusted any more, and when it is
+    /// [`SILENCE`] times as old as it was to become, nothing is known of the host.
     #[must_use]
     pub fn at(mut self, now: TimeMs) -> Self {
+        if self.quote.is_none() {
+            return self;
+        }
         // A clock that was set back says nothing about the age.
         let set_back = now.0.saturating_add(CLOCK_SLACK) < self.time.0;
-        if (now >= self.expires || set_back) && self.quote.is_some() {
-            let age = now.0.saturating_sub(self.time.0) / 1000;
-            let finding = Finding::new(Code::VerdictExpired, "verdict").actual(format!("{age} s old"));
-            self.host.state = self.host.state.max(State::Stale);
-            self.host.findings.push(finding);
-            for vm in &mut self.vms {
-                vm.state = vm.state.max(State::Stale);
-            }
+        let age = now.0.saturating_sub(self.time.0);
+        let lifetime = self.expires.0.saturating_sub(self.time.0);
+        let (code, state) = match () {
+            () if !set_back && age >= lifetime.saturating_mul(SILENCE) => (Code::HostSilent, State::Unreachable),
+            () if set_back || now >= self.expires => (Code::VerdictExpired, State::Stale),
+            () => return self,
+        };
+        self.host.state = self.host.state.max(state);
+        self.host.findings.push(Finding::new(code, "verdict").actual(format!("{} s old", age / 1000)));
+        for vm in &mut self.vms {
+            vm.state = vm.state.max(state);
         }
         self
     }
@@ -279,9 +304,21 @@ mod tests {
             records: 1,
             collected: TimeMs(1),
         });
-        verdict.expires = TimeMs(10);
+        (verdict.time, verdict.expires) = (TimeMs(5), TimeMs(10));
         assert!(verdict.clone().at(TimeMs(9)).all_trusted());
-        assert_eq!(verdict.clone().at(TimeMs(10)).host.state, State::Stale);
+        for (now, state, code) in [
+            (10, State::Stale, Code::VerdictExpired),
+            (19, State::Stale, Code::VerdictExpired),
+            (20, State::Unreachable, Code::HostSilent),
+            (u64::MAX, State::Unreachable, Code::HostSilent),
+        ] {
+            let shown = verdict.clone().at(TimeMs(now));
+            assert_eq!((shown.host.state, shown.host.findings.last().unwrap().code), (state, code), "at {now}");
+        }
+        // What was worse stays worse.
+        verdict.host.state = State::Untrusted;
+        assert_eq!(verdict.clone().at(TimeMs(20)).host.state, State::Untrusted);
+        verdict.host.state = State::Trusted;
         // Nor does setting the clock back make an old verdict fresh.
         (verdict.time, verdict.expires) = (TimeMs(100_000), TimeMs(200_000));
         assert!(verdict.clone().at(TimeMs(96_000)).all_trusted());

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     finding::{Code, Finding},
     policy::Policy,
-    result::{HostVerdict, ImageLine, LIMITS, QuoteInfo, Skipped, State, Verdict, VmVerdict},
+    result::{HostVerdict, ImageLine, LIMITS, QuoteInfo, Skipped, State, Verdict, VmVerdict, Way},
 };
 
 /// The verdict on evidence of which nothing can be believed. VMs that were known stay named, and untrusted.
@@ -57,6 +57,7 @@ pub(super) fn failed(
         quote,
         skipped,
         notes: Vec::new(),
+        way: Way::Asked,
         time: context.now,
         expires: expiry(context),
         limits: LIMITS.to_owned(),
@@ -105,6 +106,7 @@ pub(super) fn whole(
         quote: Some(quote_info(attest, statement)),
         skipped,
         notes: notes.finish(),
+        way: Way::Asked,
         time: context.now,
         expires: expiry(context),
         limits: LIMITS.to_owned(),

@@ -20,6 +20,7 @@ use crate::{
     finding::Code,
     intake::Intake,
     policy::{Policy, PolicyError, tree::TreeError},
+    report::Reporting,
     result::{Skipped, State, Verdict},
     round::{Fault, Times, Verifier},
     source::{Source, System},
@@ -183,12 +184,14 @@ async fn serve(state: &Site, args: Serve) -> Result<(), CliError> {
     if door.enrol_listen.is_some() {
         Authority::open(state, Arc::new(System))?;
     }
-    let verifier = verifier(state, times).await?;
+    raise_descriptors();
+    let verifier = Arc::new(verifier(state, times).await?);
     let authority = verifier.authority.clone();
-    let server = Server::new(verifier, period, keep_audit);
+    let reporting = Reporting::new(std::thread::available_parallelism().map_or(2, std::num::NonZero::get));
+    let server = Server::new(Arc::clone(&verifier), period, keep_audit, reporting.clone());
     let listener = TcpListener::bind(listen).await.map_err(fail)?;
     let address = listener.local_addr().map_err(fail)?;
-    let hosts = super::enrol::serve_hosts(state, door, authority, stop_signal());
+    let hosts = super::enrol::serve_hosts(state, door, authority, (verifier, reporting, period), stop_signal());
     let asked = async {
         write(&state.join(ADDRESS_FILE), address.to_string().as_bytes())?;
         tracing::info!(%address, "serving");
@@ -200,6 +203,15 @@ async fn serve(state: &Site, args: Serve) -> Result<(), CliError> {
     // Both end when they are told to, or the first of them that fails ends all.
     tokio::try_join!(hosts, asked)?;
     Ok(())
+}
+
+/// Every host that reports holds a connection: as many as we may have.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(?current, "the limit of open files cannot be raised: {e}");
+    }
 }
 
 async fn stop_signal() {

@@ -17,10 +17,12 @@ use crate::{
     enrol::{
         api,
         authority::Authority,
-        door::Door,
+        door::{Door, Reports},
         ek::Roots,
         registrar::{Registrar, Settings},
     },
+    report::{self, Reporting},
+    round::Verifier,
     source::{Source, System},
     store::{
         Database, Store as _,
@@ -79,6 +81,12 @@ pub struct DoorArgs {
     /// Not built: intermediates are never fetched from the network. Refused, so that nobody relies on it
     #[arg(long)]
     pub fetch_intermediates: bool,
+    /// Take no reports: hosts that joined are asked like all others
+    #[arg(long)]
+    pub no_reports: bool,
+    /// Least time between two reports of a host because something changed there; 0s: it reports by the period only
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = humantime::parse_duration)]
+    pub report_gap: Duration,
     /// How long a host's certificate holds; it is renewed at two thirds of it
     #[arg(long, value_name = "TIME", default_value = "7d", value_parser = humantime::parse_duration)]
     pub certificate_lifetime: Duration,
@@ -158,6 +166,7 @@ pub(super) async fn serve_hosts(
     state: &Site,
     args: DoorArgs,
     authority: Option<Arc<Authority>>,
+    (verifier, reporting, period): (Arc<Verifier<Database>>, Reporting, Duration),
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), CliError> {
     if args.fetch_intermediates {
@@ -181,11 +190,20 @@ pub(super) async fn serve_hosts(
         None => Arc::new(Authority::open(state, Arc::new(System))?),
     };
     let fail = |source| CliError::Listen { address: listen.to_string(), source };
-    let door = Door::bind(listen, Arc::clone(&authority)).await.map_err(fail)?;
+    let (known, source) = (roots.len(), Arc::new(System));
+    let settings = Settings { roots, certificate: args.certificate_lifetime };
+    let registrar = Registrar::new(open(state).await?, Arc::clone(&source) as _, Arc::clone(&authority), settings);
+    let registrar = Arc::new(registrar);
+    let reports: Option<Arc<dyn Reports>> = match args.no_reports {
+        true => None,
+        false => {
+            let settings = report::Settings { gap: args.report_gap, ..report::Settings::new(period) };
+            Some(report::Room::new(Arc::clone(&registrar), verifier, reporting, source, settings))
+        }
+    };
+    let door = Door::bind(listen, authority, reports).await.map_err(fail)?;
     let address = door.address();
     write(&state.join(ADDRESS_FILE), address.to_string().as_bytes())?;
-    tracing::info!(%address, roots = roots.len(), "hosts can join");
-    let settings = Settings { roots, certificate: args.certificate_lifetime };
-    let registrar = Registrar::new(open(state).await?, Arc::new(System), authority, settings);
-    Ok(api::serve(door, Arc::new(registrar), stop).await?)
+    tracing::info!(%address, roots = known, reports = !args.no_reports, "hosts can join");
+    Ok(api::serve(door, registrar, stop).await?)
 }

@@ -1,4 +1,7 @@
 //! The TLS listener for hosts: connections are bounded in number, in number from one address, and in time.
+//!
+//! A host that reports says so in the handshake (ALPN) and gets to the room for that, which frees it from these bounds once
+//! it knows which host it is: thousands of hosts may be behind one address.
 
 use std::{
     collections::HashMap,
@@ -14,7 +17,7 @@ use axum::{
     extract::connect_info::Connected,
     serve::{IncomingStream, Listener},
 };
-use onequote_evidence::join::EXPORTER_LABEL;
+use onequote_evidence::{join::EXPORTER_LABEL, report};
 use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier, version::TLS13};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -30,9 +33,21 @@ use super::{authority::Authority, registrar::Caller};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const CONNECTION: Duration = Duration::from_secs(180);
 
-/// Connections at a time, and those from one address, our own host's apart.
+/// Connections at a time of which is not known which host it is, and those from one address, our own host's apart.
 const CONNECTIONS: usize = 1024;
-const OF_ONE: usize = 32;
+const OF_ONE: usize = 64;
+
+/// A connection on which nothing came for so long is asked whether the other end is there, so often, so many times.
+const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
+
+/// A future in a box.
+pub type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Who takes the connections of hosts that report.
+pub trait Reports: Send + Sync + 'static {
+    /// Serves one until it ends. `place` is to be given back as soon as it is known which host it is.
+    fn serve(self: Arc<Self>, stream: TlsStream<TcpStream>, caller: Caller, place: Place) -> BoxFuture;
+}
 
 /// A listener for hosts.
 pub struct Door {
@@ -51,7 +66,7 @@ pub struct Held {
 type Counts = Arc<Mutex<HashMap<IpAddr, usize>>>;
 
 /// A connection's place. Gives itself back.
-struct Place {
+pub struct Place {
     counts: Counts,
     of: Option<IpAddr>,
     _permit: OwnedSemaphorePermit,
@@ -87,11 +102,15 @@ impl Drop for Place {
 }
 
 impl Door {
-    /// Listens.
+    /// Listens. Hosts can report if somebody takes their reports.
     ///
     /// # Errors
     /// The address cannot be bound, or the authority's certificate cannot be used.
-    pub async fn bind(address: SocketAddr, authority: Arc<Authority>) -> io::Result<Self> {
+    pub async fn bind(
+        address: SocketAddr,
+        authority: Arc<Authority>,
+        reports: Option<Arc<dyn Reports>>,
+    ) -> io::Result<Self> {
         let mut roots = RootCertStore::empty();
         roots.add(authority.certificate().clone()).map_err(io::Error::other)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -105,12 +124,15 @@ impl Door {
             .with_client_cert_verifier(clients)
             .with_cert_resolver(authority);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        if reports.is_some() {
+            config.alpn_protocols.push(report::ALPN.to_vec());
+        }
         // Whoever comes back shows its certificate again.
         config.send_tls13_tickets = 0;
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         let (done, ready) = mpsc::channel(16);
-        tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(config)), done));
+        tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(config)), reports, done));
         Ok(Self { ready, address })
     }
 
@@ -121,7 +143,12 @@ impl Door {
     }
 }
 
-async fn accept(listener: TcpListener, acceptor: TlsAcceptor, done: mpsc::Sender<(Held, Caller)>) {
+async fn accept(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    reports: Option<Arc<dyn Reports>>,
+    done: mpsc::Sender<(Held, Caller)>,
+) {
     let (places, counts) = (Arc::new(Semaphore::new(CONNECTIONS)), Counts::default());
     loop {
         let Ok(permit) = Arc::clone(&places).acquire_owned().await else { return };
@@ -138,7 +165,7 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, done: mpsc::Sender
             continue;
         };
         let _ = stream.set_nodelay(true);
-        let (acceptor, done) = (acceptor.clone(), done.clone());
+        let (acceptor, reports, done) = (acceptor.clone(), reports.clone(), done.clone());
         tokio::spawn(async move {
             let stream = match timeout(HANDSHAKE, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => stream,
@@ -149,10 +176,30 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, done: mpsc::Sender
             let Ok(binding) = connection.export_keying_material([0; 32], EXPORTER_LABEL, None) else { return };
             let certificate = connection.peer_certificates().and_then(|chain| chain.first()).map(|der| der.to_vec());
             let caller = Caller { address, binding: binding.to_vec(), certificate };
+            if let Some(reports) = reports.filter(|_| connection.alpn_protocol() == Some(report::ALPN)) {
+                keep_alive(stream.get_ref().0);
+                return reports.serve(stream, caller, place).await;
+            }
             let held = Held { stream, end: Box::pin(sleep(CONNECTION)), _place: place };
             // When nobody takes it, the verifier is ending.
             let _ = done.send((held, caller)).await;
         });
+    }
+}
+
+/// Lets the kernel notice a host that is gone, or a network between that forgot the connection. Where it cannot, the
+/// host's silence is noticed later.
+fn keep_alive(stream: &TcpStream) {
+    use rustix::net::sockopt;
+    let (idle, interval, count) = KEEP_ALIVE;
+    let lost = (idle + interval * count).as_millis();
+    let set = sockopt::set_socket_keepalive(stream, true)
+        .and_then(|()| sockopt::set_tcp_keepidle(stream, idle))
+        .and_then(|()| sockopt::set_tcp_keepintvl(stream, interval))
+        .and_then(|()| sockopt::set_tcp_keepcnt(stream, count))
+        .and_then(|()| sockopt::set_tcp_user_timeout(stream, u32::try_from(lost).unwrap_or(u32::MAX)));
+    if let Err(e) = set {
+        tracing::debug!("the kernel does not watch over a host's connection: {e}");
     }
 }
 

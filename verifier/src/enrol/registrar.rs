@@ -34,6 +34,7 @@ use super::{
     x509,
 };
 use crate::{
+    report::Members,
     source::Source,
     store::{
         StoreError,
@@ -99,6 +100,9 @@ impl<S: EnrolStore> Registrar<S> {
     }
 
     /// Whose certificate the caller showed, if it still counts.
+    ///
+    /// # Errors
+    /// [`Refusal`].
     async fn member(&self, caller: &Caller) -> Result<IssuedCertificate, Refusal> {
         let der = caller.certificate.as_deref().ok_or(Refusal::Certificate("no certificate was shown"))?;
         let certificate = x509::Certificate::parse(der).map_err(|e| Refusal::Malformed(e.to_string()))?;
@@ -166,6 +170,19 @@ impl<S: EnrolStore> Registrar<S> {
         let who = caller.address.to_string();
         let (what, result) = (what.to_owned(), result.to_owned());
         self.store.audit(&AuditEntry { time: self.source.now(), who, what, host, result, detail }).await
+    }
+}
+
+impl<S: EnrolStore> Members for Registrar<S> {
+    async fn member(&self, caller: &Caller) -> Result<IssuedCertificate, Refusal> {
+        Self::member(self, caller).await
+    }
+
+    async fn refused(&self, caller: &Caller, refusal: &Refusal) {
+        let host = self.host_of(caller).await;
+        if let Err(e) = Self::refused(self, caller, "report", host, refusal).await {
+            tracing::error!(error = &e as &dyn std::error::Error, "cannot write the audit log");
+        }
     }
 }
 
