@@ -28,6 +28,18 @@ impl Verdict {
         Ok(Self { code: run.code, json: run.json()? })
     }
 
+    /// A verdict as `serve` shows it.
+    #[must_use]
+    pub(crate) fn of_json(code: i32, json: Value) -> Self {
+        Self { code, json }
+    }
+
+    /// A field of the whole.
+    #[must_use]
+    pub fn field(&self, name: &str) -> &Value {
+        &self.json[name]
+    }
+
     /// The verdict on the host.
     #[must_use]
     pub fn host(&self) -> Judged<'_> {
@@ -74,6 +86,15 @@ impl Judged<'_> {
     #[must_use]
     pub fn has(&self, code: &str, item: &str) -> bool {
         self.findings().iter().any(|f| f.split_once(' ').is_some_and(|(c, i)| c == code && i.contains(item)))
+    }
+
+    /// Passes if there is a finding with this code.
+    ///
+    /// # Errors
+    /// There is none; the text has the findings.
+    pub fn shows(&self, code: &str) -> Result<()> {
+        ensure!(self.has(code, ""), "no {code}, {}: {:?}", self.state(), self.findings());
+        Ok(())
     }
 
     /// Passes if the state is this one.

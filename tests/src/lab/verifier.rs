@@ -244,11 +244,19 @@ impl World {
     /// # Errors
     /// As [`Self::start_serve`].
     pub fn start_door(&mut self, address: &str, more: &[&str]) -> Result<String> {
+        self.start_door_with(3600, address, more)
+    }
+
+    /// The same with a period in seconds.
+    ///
+    /// # Errors
+    /// As [`Self::start_serve`].
+    pub fn start_door_with(&mut self, period: u32, address: &str, more: &[&str]) -> Result<String> {
         let file = self.verifier_state().join("enrol.addr");
         let _ = fs::remove_file(&file);
         let mut arguments = vec!["--enrol-listen", address];
         arguments.extend(more);
-        self.start_serve_with(3600, &arguments)?;
+        self.start_serve_with(period, &arguments)?;
         let serve = self.serve.as_mut().context("the verifier does not serve")?;
         wait::for_true("the door for hosts", Duration::from_secs(60), || {
             serve.check_alive()?;
@@ -289,20 +297,44 @@ impl World {
     /// # Errors
     /// It does not answer with one.
     pub fn served_verdict(&self) -> Result<Verdict> {
+        let (status, body) = self.api("GET", &format!("/v1/hosts/{}", Self::HOST))?;
+        Ok(Verdict::of_json(if status == 200 { 0 } else { 1 }, body))
+    }
+
+    /// Has `serve` ask the host now, for the verdict.
+    ///
+    /// # Errors
+    /// It does not answer with one.
+    pub fn ask_served(&self) -> Result<Verdict> {
+        let (status, body) = self.api("POST", &format!("/v1/hosts/{}/attest", Self::HOST))?;
+        Ok(Verdict::of_json(if status == 200 { 0 } else { 1 }, body))
+    }
+
+    /// What `serve` lists of the host.
+    ///
+    /// # Errors
+    /// It does not answer with a list.
+    pub fn served_line(&self) -> Result<Value> {
+        let (_, body) = self.api("GET", "/v1/hosts")?;
+        let lines = body.as_array().context("a list")?;
+        Ok(lines.iter().find(|line| line["id"] == Self::HOST).cloned().unwrap_or_default())
+    }
+
+    /// A request to `serve`: status and body.
+    ///
+    /// # Errors
+    /// It does not answer with JSON.
+    pub fn api(&self, method: &str, path: &str) -> Result<(u16, Value)> {
         let address = fs::read_to_string(self.verifier_state().join("serve.addr"))?;
         let mut stream = TcpStream::connect(address.trim())?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let host = Self::HOST;
-        write!(stream, "GET /v1/hosts/{host} HTTP/1.1\r\nHost: verifier\r\nConnection: close\r\n\r\n")?;
+        stream.set_read_timeout(Some(Duration::from_secs(90)))?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: verifier\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-        Verdict::of(&Run {
-            command: "GET /v1/hosts".to_owned(),
-            code: if head.starts_with("HTTP/1.1 200") { 0 } else { 1 },
-            output: body.to_owned(),
-            errors: head.to_owned(),
-        })
+        let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).context("no HTTP status")?;
+        let body = serde_json::from_str(body).with_context(|| format!("{method} {path}: {head}\n{body}"))?;
+        Ok((status, body))
     }
 }
 

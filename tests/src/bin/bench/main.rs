@@ -5,6 +5,7 @@ mod guests;
 mod images;
 mod looks;
 mod numbers;
+mod pushed;
 mod rounds;
 mod starts;
 mod store;
@@ -36,11 +37,12 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 14] = [
+const BENCHES: [(&str, Bench); 15] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
     ("round-guests", rounds::real),
+    ("pushed", pushed::execs),
     ("image-speed", images::speed),
     ("image-sparse", images::sparse),
     ("image-changed", images::changed),
@@ -54,7 +56,7 @@ const BENCHES: [(&str, Bench); 14] = [
 ];
 
 /// Those that need guests that really run.
-const GUESTS: [&str; 1] = ["round-guests"];
+const GUESTS: [&str; 2] = ["round-guests", "pushed"];
 
 fn main() -> Result<ExitCode> {
     if monitor_double::serve_if_double()? {
