@@ -107,9 +107,9 @@ pub struct Sessions {
     pub findings: Findings,
     /// For the operator.
     pub notes: Notes,
-    /// Names that were taken from a statement, since the log did not tell them: of which processes, and what the
-    /// statement said. Another statement may say otherwise.
-    assumed: BTreeMap<SessionId, Option<String>>,
+    /// Processes whose names the log did not tell: the name that the tree had, which counts unless a statement says
+    /// another, and the name that was taken. Another statement may say otherwise.
+    assumed: BTreeMap<SessionId, (String, String)>,
 }
 
 impl Sessions {
@@ -122,7 +122,7 @@ impl Sessions {
     /// Whether what was taken in so far would be the same with these names of VMs.
     #[must_use]
     pub fn fit(&self, names: &BTreeMap<SessionId, &str>) -> bool {
-        self.assumed.iter().all(|(session, name)| names.get(session).copied() == name.as_deref())
+        self.assumed.iter().all(|(session, (known, taken))| names.get(session).copied().unwrap_or(known) == taken)
     }
 
     /// The log's beginning was dropped: these VMs, which the host states, may have begun there. Before the first event is taken.
@@ -303,13 +303,14 @@ impl Fold<'_> {
         let ended = self.out.ended.get(&vm.session).copied();
         if !self.out.by_id.contains_key(&vm.session) {
             let known = tree.session.as_ref().filter(|known| known.session == vm.session && ended.is_none());
-            let stated = self.names.get(&vm.session).copied();
-            if stated != Some(&tree.name) && ended.is_none() {
-                self.out.assumed.insert(vm.session, stated.map(str::to_owned));
+            let stated = self.names.get(&vm.session).copied().filter(|_| ended.is_none());
+            let name = stated.unwrap_or(&tree.name).to_owned();
+            if ended.is_none() {
+                self.out.assumed.insert(vm.session, (tree.name.clone(), name.clone()));
             }
             let session = Session {
                 vm: ended.unwrap_or(vm.vm),
-                name: stated.filter(|_| ended.is_none()).unwrap_or(&tree.name).to_owned(),
+                name,
                 before: known.is_some(),
                 older: known.is_some(),
                 cut: false,

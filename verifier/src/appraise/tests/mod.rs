@@ -4,6 +4,7 @@ mod authenticity;
 mod changes;
 mod epochs;
 mod firmware;
+mod folds;
 mod history;
 mod ima;
 mod policy;
