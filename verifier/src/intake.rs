@@ -44,6 +44,10 @@ use crate::{
 
 mod cache;
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;
+
 pub use cache::Cache;
 
 /// Parts of evidence that are kept before they are put together.

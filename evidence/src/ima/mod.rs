@@ -32,7 +32,11 @@ pub use aggregate::Aggregate;
 pub use signature::{FileSignature, KeyId, MAX_SIGNATURE, SignatureKind};
 pub use template::{DigestKind, Fields, Template};
 
-use crate::{Malformed, MalformedKind, digest::HashAlg, reader::Reader};
+use crate::{
+    Malformed, MalformedKind,
+    digest::{HashAlg, MAX_DIGEST},
+    reader::Reader,
+};
 
 /// Size of the template hash in the default list.
 pub const SHA1_HASH_SIZE: usize = 20;
@@ -143,7 +147,9 @@ impl<'a> Entry<'a> {
     #[must_use]
     pub fn hash_matches(&self) -> bool {
         let bank = HashAlg::ALL.into_iter().find(|alg| alg.size() == self.template_hash.len());
-        self.is_violation() || bank.is_some_and(|bank| self.template_digest(bank) == self.template_hash)
+        let mut out = [0; MAX_DIGEST];
+        let mut matches = |bank| self.template_digest_into(bank, &mut out) == self.template_hash;
+        bank.is_some_and(&mut matches) || self.is_violation()
     }
 
     /// Reads the template data.
@@ -155,14 +161,19 @@ impl<'a> Entry<'a> {
     }
 
     fn template_digest(&self, bank: HashAlg) -> Vec<u8> {
+        let mut out = [0; MAX_DIGEST];
+        self.template_digest_into(bank, &mut out).to_vec()
+    }
+
+    fn template_digest_into<'o>(&self, bank: HashAlg, out: &'o mut [u8; MAX_DIGEST]) -> &'o [u8] {
         if self.name != b"ima" {
-            return bank.hash(self.data);
+            return bank.hash_into(&[self.data], out);
         }
         // The hashed layout of the legacy template: path padded to a fixed size, no length.
         let (digest, path) = self.data.split_at_checked(SHA1_HASH_SIZE).unwrap_or((self.data, &[]));
         let path = template::without_nul(path.get(4..).unwrap_or_default());
         let padding = [0; LEGACY_PATH_MAX + 1];
-        bank.hash_parts(&[digest, path, &padding[path.len().min(padding.len())..]])
+        bank.hash_into(&[digest, path, &padding[path.len().min(padding.len())..]], out)
     }
 }
 

@@ -153,6 +153,18 @@ impl HostList {
         &self.progress
     }
 
+    /// No list, or none that can be believed: nothing was found of what `from` looks for.
+    #[must_use]
+    pub fn nothing(from: &HostProgress) -> Self {
+        let wanted = &from.programs;
+        let programs = Programs {
+            any: false,
+            by_path: wanted.by_path.keys().map(|path| (path.clone(), Vec::new())).collect(),
+            by_digest: wanted.by_digest.keys().map(|digest| (*digest, None)).collect(),
+        };
+        Self { progress: HostProgress::begin(programs), ..Self::default() }
+    }
+
     /// Whether there is no believed entry.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -221,7 +233,7 @@ pub fn check(
         }
         let why = "the host measures no files (PCR 10 is empty): the proxy's own binary is not proven";
         skipped.push(Skipped::new("host-ima", why));
-        return Ok(HostList::default());
+        return Ok(HostList::nothing(from));
     }
     let joined: Vec<u8>;
     let bytes = match from.ahead.is_empty() {

@@ -367,7 +367,7 @@ fn run(begun: &Begun, kept: Option<&Kept>, logs: &Logs, context: &Context<'_>) -
         Ok(list) => list,
         Err(finding) => {
             host.push(finding);
-            HostList::default()
+            HostList::nothing(&from)
         }
     };
     let history = log::check_history(log.start(), &clock, accepted, &policy.host, &outcome.history);

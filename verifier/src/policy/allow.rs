@@ -1,6 +1,10 @@
 //! Allow lists for IMA: which file may have which content.
 
-use std::{collections::HashMap, fmt};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    hash::{BuildHasherDefault, Hasher},
+};
 
 use serde::Deserialize;
 
@@ -21,8 +25,78 @@ pub struct FileHash {
 /// Which file may have which content: looked up by path, and the other way round to explain a finding.
 #[derive(Debug, Clone, Default)]
 pub struct AllowList {
+    /// What nearly every look is for, in two places of memory and no more.
+    usual: Usual,
     by_path: HashMap<Box<[u8]>, Vec<FileHash>>,
     by_value: HashMap<Box<[u8]>, Box<[u8]>>,
+}
+
+/// Files with SHA-256 digests of their bytes, by digest.
+#[derive(Debug, Clone, Default)]
+struct Usual {
+    by_digest: HashMap<[u8; 32], Place, BuildHasherDefault<FirstBytes>>,
+    /// Of further paths with the same digest.
+    further: Vec<Place>,
+    /// All paths, one behind the other.
+    paths: Vec<u8>,
+}
+
+/// A path in [`Usual::paths`], and the further one with the same digest, counted from 1.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    start: u32,
+    len: u32,
+    next: u32,
+}
+
+/// A hash of what is a hash already. Entries are chosen by the operator: what others look up meets no more of them for that.
+#[derive(Debug, Clone, Copy, Default)]
+struct FirstBytes(u64);
+
+impl Hasher for FirstBytes {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_le_bytes(*first);
+        }
+    }
+
+    fn write_usize(&mut self, _: usize) {
+        // The length of an array, always the same.
+    }
+}
+
+impl Usual {
+    /// Adds a path, unless there is no more room: then it is found in another way.
+    fn add(&mut self, path: &[u8], digest: [u8; 32]) {
+        let (Ok(start), Ok(len)) = (u32::try_from(self.paths.len()), u32::try_from(path.len())) else { return };
+        let Ok(further) = u32::try_from(self.further.len() + 1) else { return };
+        let place = Place { start, len, next: 0 };
+        self.paths.extend_from_slice(path);
+        match self.by_digest.entry(digest) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(place);
+            }
+            Entry::Occupied(mut first) => {
+                let next = std::mem::replace(&mut first.get_mut().next, further);
+                self.further.push(Place { next, ..place });
+            }
+        }
+    }
+
+    fn has(&self, path: &[u8], digest: &[u8; 32]) -> bool {
+        let mut place = self.by_digest.get(digest);
+        while let Some(&Place { start, len, next }) = place {
+            if self.paths.get(start as usize..).and_then(|rest| rest.get(..len as usize)) == Some(path) {
+                return true;
+            }
+            place = (next as usize).checked_sub(1).and_then(|next| self.further.get(next));
+        }
+        false
+    }
 }
 
 /// What an allow list says of a file.
@@ -41,14 +115,26 @@ impl AllowList {
     pub fn allow(&mut self, path: &[u8], hash: FileHash) {
         self.by_value.entry(hash.value.clone()).or_insert_with(|| path.into());
         let hashes = self.by_path.entry(path.into()).or_default();
-        if !hashes.contains(&hash) {
-            hashes.push(hash);
+        if hashes.contains(&hash) {
+            return;
         }
+        if let Ok(digest) = (*hash.value).try_into()
+            && *hash.alg == *HashAlg::Sha256.name()
+        {
+            self.usual.add(path, digest);
+        }
+        hashes.push(hash);
     }
 
     /// Whether a file may be so.
     #[must_use]
     pub fn has(&self, path: &[u8], alg: &str, value: &[u8]) -> bool {
+        if let Ok(digest) = value.try_into()
+            && alg == HashAlg::Sha256.name()
+            && self.usual.has(path, digest)
+        {
+            return true;
+        }
         self.by_path.get(path).is_some_and(|hashes| hashes.iter().any(|h| *h.alg == *alg && *h.value == *value))
     }
 
@@ -123,5 +209,35 @@ impl<'de> Deserialize<'de> for AllowList {
             }
         }
         Ok(list)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// However it is looked up, the answer is the same.
+        #[test]
+        fn has_is_what_judge_allows(
+            allowed in prop::collection::vec((0_u8..6, 0_u8..3, 0_u8..6), 0..40),
+            asked in prop::collection::vec((0_u8..7, 0_u8..3, 0_u8..7), 1..60),
+        ) {
+            let alg = |n: u8| ["sha256", "sha1", "verity:sha256"][usize::from(n)];
+            let value = |alg: u8, n: u8| vec![n; if alg == 1 { 20 } else { 32 }];
+            let path = |n: u8| vec![b'/'; usize::from(n) + 1];
+            let mut list = AllowList::default();
+            for &(p, a, v) in &allowed {
+                list.allow(&path(p), FileHash { alg: alg(a).into(), value: value(a, v).into() });
+            }
+            for &(p, a, v) in &asked {
+                let there = allowed.contains(&(p, a, v));
+                prop_assert_eq!(list.has(&path(p), alg(a), &value(a, v)), there);
+                prop_assert_eq!(list.judge(&path(p), alg(a), &value(a, v)) == Judgement::Allowed, there);
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The numbers that the project promises, measured on this machine: `cargo xtask bench [--json FILE]`.
 #![allow(clippy::print_stdout)]
 
+mod appraisal;
 mod guests;
 mod images;
 mod looks;
@@ -37,7 +38,7 @@ struct Cli {
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 15] = [
+const BENCHES: [(&str, Bench); 19] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
@@ -53,6 +54,10 @@ const BENCHES: [(&str, Bench); 15] = [
     ("store", store::takes),
     ("entries-bound", guests::bound),
     ("entries-distinct", guests::distinct),
+    ("appraise-first", appraisal::first),
+    ("appraise-guests", appraisal::guests),
+    ("appraise-steady", appraisal::steady),
+    ("appraise-memory", appraisal::memory),
 ];
 
 /// Those that need guests that really run.

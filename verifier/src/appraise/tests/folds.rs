@@ -2,7 +2,9 @@
 //! from; and what the whole would refuse is refused with the same finding.
 
 use onequote_evidence::{
-    event::{EventBody, GapReason, GuestEntries, GuestHello, LogGap, MonitorCommand, VmDelete, StopCause, VmPause, VmReset},
+    event::{
+        EventBody, GapReason, GuestEntries, GuestHello, LogGap, MonitorCommand, StopCause, VmDelete, VmPause, VmReset,
+    },
     id::{Blob, BootId, SessionId, Sha256},
     ima::{Aggregate, Entry},
     statement::GuestBoot,
@@ -125,8 +127,17 @@ impl History {
         let first = ima_entry_of("boot_aggregate", onequote_evidence::digest::sha256(&[&zeros]).as_bytes(), false);
         let host = vec![first, ima_entry("/usr/bin/onequote-proxy", 8), ima_entry("/vm/qemu", 0)];
         let shared = Shared::default();
-        let mut new =
-            Self { world, sessions: 9, host, ahead: Vec::new(), shared, kept: None, sent: None, went_on: 0, whole_needed: 0 };
+        let mut new = Self {
+            world,
+            sessions: 9,
+            host,
+            ahead: Vec::new(),
+            shared,
+            kept: None,
+            sent: None,
+            went_on: 0,
+            whole_needed: 0,
+        };
         new.measured();
         new
     }
@@ -173,7 +184,8 @@ impl History {
         let first = self.world.guests[list].entries.len() as u64;
         for file in files {
             // Every third has a digest that no policy knows.
-            let entry = ima_entry(["/bin/init", "/bin/sh", "/tmp/x"][usize::from(file % 3)], file % 3 + 1 + file / 9 * 40);
+            let entry =
+                ima_entry(["/bin/init", "/bin/sh", "/tmp/x"][usize::from(file % 3)], file % 3 + 1 + file / 9 * 40);
             let known = self.world.dictionary.iter().position(|other| *other == entry).unwrap_or_else(|| {
                 self.world.dictionary.push(entry);
                 self.world.dictionary.len() - 1
@@ -195,7 +207,8 @@ impl History {
             Op::Start(vm) => {
                 self.stop(*vm);
                 self.sessions = self.sessions.wrapping_add(1).max(10);
-                let images = if vm % 2 == 1 { vec![image("disk0", 5, false), image("disk0/1", 6, true)] } else { vec![] };
+                let images =
+                    if vm % 2 == 1 { vec![image("disk0", 5, false), image("disk0/1", 6, true)] } else { vec![] };
                 self.world.start(Self::name(*vm), *vm, self.sessions, images);
             }
             Op::Stop(vm) => self.stop(*vm),
@@ -212,7 +225,18 @@ impl History {
                 let outcome = onequote_evidence::event::CommandOutcome::Forwarded;
                 let command = "qom-set".into();
                 let detail = String::new();
-                self.event(*vm, MonitorCommand { client, command, arguments, digest: Sha256::ZERO, outcome, detail, files: Vec::new() });
+                self.event(
+                    *vm,
+                    MonitorCommand {
+                        client,
+                        command,
+                        arguments,
+                        digest: Sha256::ZERO,
+                        outcome,
+                        detail,
+                        files: Vec::new(),
+                    },
+                );
             }
             Op::VmGap(vm) => self.event(*vm, LogGap { reason: GapReason::MonitorLost, detail: "for a while".into() }),
             Op::Host(file, ahead) => {
@@ -229,11 +253,16 @@ impl History {
             }
             Op::Gap => world.log(12, None, LogGap { reason: GapReason::ProxyDown, detail: "for a while".into() }),
             Op::Unmanaged => {
-                let other = onequote_evidence::event::UnmanagedVm { pid: 5, program: "/bin/qemu".into(), arguments: String::new() };
+                let other = onequote_evidence::event::UnmanagedVm {
+                    pid: 5,
+                    program: "/bin/qemu".into(),
+                    arguments: String::new(),
+                };
                 world.log(12, None, other);
             }
             Op::Policy(which) => {
-                let accepting = POLICY.replacen("[host]", "[host]\naccept_gaps = [\"proxy-down\", \"monitor-lost\"]", 1);
+                let accepting =
+                    POLICY.replacen("[host]", "[host]\naccept_gaps = [\"proxy-down\", \"monitor-lost\"]", 1);
                 let listed = POLICY.replacen("[[vm]]", &format!("{LISTED}\n[[vm]]"), 1);
                 world.policy = Some([POLICY.to_owned(), accepting, listed][usize::from(*which)].clone());
             }
@@ -419,7 +448,8 @@ fn change(now: &mut Evidence, before: Option<&Evidence>, tamper: &Tamper) {
             let lists = now.guests.len();
             if lists > 0 {
                 let list = &mut now.guests[at.index(lists)];
-                let known = before.and_then(|b| b.guests.iter().find(|b| (b.session, b.boot) == (list.session, list.boot)));
+                let known =
+                    before.and_then(|b| b.guests.iter().find(|b| (b.session, b.boot) == (list.session, list.boot)));
                 match list.entries.len() > known.map_or(0, |known| known.entries.len()) {
                     true => *list.entries.last_mut().unwrap() = *to,
                     false => list.entries.push(*to),
@@ -443,7 +473,7 @@ fn change(now: &mut Evidence, before: Option<&Evidence>, tamper: &Tamper) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn rounds_and_the_whole_agree(ops in prop::collection::vec(op(), 1..70)) {
