@@ -452,6 +452,7 @@ impl<S: EnrolStore> Verifier<S> {
                 _ => {}
             }
         }
+        let mut with_parts = false;
         if !logs.are_whole() {
             let before = if known.ask_all { None } else { self.kept_logs(id).await? };
             let joined = before.and_then(|mut before| {
@@ -459,7 +460,10 @@ impl<S: EnrolStore> Verifier<S> {
                 before.append(logs).ok().map(|()| before)
             });
             match joined {
-                Some(joined) => logs = Arc::new(joined),
+                Some(joined) => {
+                    with_parts = true;
+                    logs = Arc::new(joined);
+                }
                 // The host has dropped the beginning of its log, and it is not here either.
                 None if logs.records.first > 0 && logs.begin() => {}
                 None if known.ask_all => {
@@ -479,7 +483,8 @@ impl<S: EnrolStore> Verifier<S> {
         });
         let written = written.await?.map_err(Fault::Compress)?;
         drop(permit);
-        Ok(Some(written))
+        // Whether it is the host or our copy that is wrong is seen when all of it comes from the host.
+        Ok(Some(written).filter(|written| written.state.is_some() || !with_parts || known.ask_all))
     }
 
     /// A verdict without evidence that could be looked at.

@@ -16,7 +16,10 @@ use onequote_evidence::{
 
 use super::{Answer, Expected, Intake, Outcome, Taken, Wanted};
 use crate::{
-    appraise::testing::{BINDING, World, ima_entry},
+    appraise::{
+        Received,
+        testing::{BINDING, World, ima_entry},
+    },
     enrol::Identity,
     finding::Code,
     round::{Times, Verifier},
@@ -143,7 +146,7 @@ async fn reports_go_on_and_only_what_is_new_is_written() {
     let other = verifier(scene.verifier.store.clone(), scene._folder.path());
     let first = std::mem::replace(&mut scene.verifier, other);
     let again = scene.verifier.expect_now(&scene.id, false, LIFETIME).await.unwrap();
-    assert!(again.have.statement.is_none() && again.have.records.is_some() && again.have.guests.len() == 2);
+    assert!(again.have.records.is_some() && again.have.guests.len() == 2);
     // The proxy goes by the details, which are those of its last quote.
     let last = scene.quotes.last().unwrap().0;
     let known = Expected { have: Have { statement: Some(last), ..Have::default() }, ..again };
@@ -154,7 +157,35 @@ async fn reports_go_on_and_only_what_is_new_is_written() {
     // The first has an older version at hand. It begins with what is written now.
     scene.verifier = first;
     let expected = scene.verifier.expect_now(&scene.id, false, LIFETIME).await.unwrap();
-    assert!(expected.have.statement.is_none());
+    assert!(expected.have.records.is_some());
+
+    // Somebody changed what is kept: with it nothing replays, so all of it is asked for.
+    let parts = scene.verifier.store.parts(&scene.id).await.unwrap();
+    let mut forged = Received::read(&parts[0]).unwrap();
+    let last = forged.logs.records.items.len() - 1;
+    forged.logs.records.items[last] ^= 1;
+    let host = scene.verifier.store.host(&scene.id).await.unwrap();
+    let forged = crate::store::Taken {
+        host: &scene.id,
+        version: host.version,
+        nonce: None,
+        now: TimeMs(1),
+        verdict: host.verdict.as_ref().unwrap(),
+        state: None,
+        trees: false,
+        part: Some(crate::store::Part::Whole(&forged.logs.to_part().unwrap())),
+        next: None,
+    };
+    assert!(matches!(scene.verifier.store.take(forged).await.unwrap(), crate::store::Take::Kept(_)));
+    let expected = scene.verifier.expect_now(&scene.id, false, LIFETIME).await.unwrap();
+    let last = scene.quotes.last().unwrap().0;
+    let known = Expected { have: Have { statement: Some(last), ..Have::default() }, ..expected };
+    let answer = scene.answer(&known);
+    let Outcome::Again(again) = scene.give(&known, Cursor::new(answer)).await else { panic!("taken") };
+    assert_eq!(again.have, Have::default());
+    let healed = scene.report(&again).await;
+    assert!(healed.accepted);
+    assert_eq!(healed.verdict.vms[0].findings, report.verdict.vms[0].findings);
 }
 
 /// Counts what is read of it.
