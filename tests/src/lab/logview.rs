@@ -116,11 +116,12 @@ impl World {
         let mut epochs = Vec::new();
         for item in fs::read_dir(self.proxy_state().join("log"))? {
             let name = item?.file_name().to_string_lossy().into_owned();
-            epochs.extend(
-                name.strip_prefix("epoch-").and_then(|n| n.strip_suffix(".cel")).and_then(|n| n.parse::<u64>().ok()),
-            );
+            // `epoch-N.cel`, or `epoch-N.from-BYTE.cel` where an earlier file was dropped.
+            let number = name.strip_prefix("epoch-").and_then(|n| n.strip_suffix(".cel")?.split('.').next());
+            epochs.extend(number.and_then(|number| number.parse::<u64>().ok()));
         }
         epochs.sort_unstable();
+        epochs.dedup();
         Ok(epochs)
     }
 
