@@ -263,7 +263,7 @@ pub async fn run(config: Config) -> Result<(), AppError> {
     let reporting = config.report.enabled.then(|| report::Proxy {
         attest: attest.clone(),
         log: log.clone(),
-        releasing: releasing.clone(),
+        releasing: Some(releasing.clone()),
         verifier: String::new(),
     });
     let doors = Doors { attest, status, releasing };

@@ -53,6 +53,12 @@ enum Task {
         /// Only benches whose name contains this; can be given more than once
         #[arg(long, value_name = "PART")]
         only: Vec<String>,
+        /// Small fleets for a short time; their numbers say so
+        #[arg(long)]
+        short: bool,
+        /// Write the pages that are made of numbers (growth.md, growth.svg) to this folder
+        #[arg(long, value_name = "DIR")]
+        docs: Option<PathBuf>,
     },
     /// Fuzzes every parser, each for a while.
     Fuzz {
@@ -85,9 +91,9 @@ fn main() -> Result<ExitCode> {
             return steps::test(quick);
         }
         Task::Fuzz { seconds } => return steps::fuzz(seconds),
-        Task::Bench { json, only } => {
+        Task::Bench { json, only, short, docs } => {
             setup::ensure()?;
-            return steps::bench(json.as_deref(), &only);
+            return steps::bench(json.as_deref(), docs.as_deref(), short, &only);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -46,13 +46,17 @@ pub(crate) fn package() -> Result<()> {
 }
 
 /// Builds for speed and runs the benches.
-pub(crate) fn bench(json: Option<&Path>, only: &[String]) -> Result<ExitCode> {
+pub(crate) fn bench(json: Option<&Path>, docs: Option<&Path>, short: bool, only: &[String]) -> Result<ExitCode> {
     build(true)?;
     let mut command = cargo("run");
     command.args(["--quiet", "--release", "--package", "onequote-tests", "--bin", "bench", "--"]);
     if let Some(file) = json {
         command.arg("--json").arg(std::path::absolute(file)?);
     }
+    if let Some(folder) = docs {
+        command.arg("--docs").arg(std::path::absolute(folder)?);
+    }
+    command.args(short.then_some("--short"));
     command.args(only.iter().flat_map(|part| ["--only", part]));
     pass_on(&mut command)
 }

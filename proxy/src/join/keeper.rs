@@ -126,7 +126,7 @@ pub(crate) struct Own {
 }
 
 impl Own {
-    pub(super) fn of(membership: &Membership) -> Self {
+    pub(crate) fn of(membership: &Membership) -> Self {
         let Membership { details, authority, certificate, key, .. } = membership;
         Self {
             url: details.url.clone(),

@@ -80,6 +80,18 @@ impl Membership {
         Ok(all)
     }
 
+    /// A membership that is kept nowhere, for a proxy in memory. It cannot be renewed.
+    #[must_use]
+    pub fn in_memory(
+        name: &str,
+        details: Details,
+        authority: CertificateDer<'static>,
+        certificate: CertificateDer<'static>,
+        key: PrivateKeyDer<'static>,
+    ) -> Self {
+        Self { name: name.to_owned(), details, authority, certificate, key, folder: PathBuf::new() }
+    }
+
     fn read(name: String, folder: PathBuf) -> io::Result<Self> {
         let details = folder.join("membership.json");
         let text = fs::read(&details).map_err(|e| named(&details, &e))?;

@@ -18,7 +18,7 @@ use onequote_evidence::{
     tpm::Public,
 };
 use rcgen::{PublicKeyData as _, SigningKey as _};
-use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use connection::Dialled;
@@ -204,6 +204,18 @@ pub async fn join(config: &Config, wish: Wish, now: TimeMs) -> Result<Done, Join
     let joined = request(config, wish, now, config.listen.port(), tpm).await?;
     joined.keep(&config.state_dir)?;
     Ok(joined.done())
+}
+
+/// Joins for a proxy in memory, whose TPM is behind its log. Nothing is kept on disk: the membership goes with the process.
+///
+/// # Errors
+/// [`JoinError`].
+pub async fn join_in_memory(config: &Config, wish: Wish, log: LogHandle, now: TimeMs) -> Result<Membership, JoinError> {
+    let Joined { name, details, certified, key } =
+        request(config, wish, now, config.listen.port(), TpmAccess::Log(log)).await?;
+    let (authority, certificate) = (certified.authority.0.into(), certified.certificate.0.into());
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    Ok(Membership::in_memory(&name, details, authority, certificate, key))
 }
 
 /// Everything of a join but keeping what it gives. `port` is that of the proxy.

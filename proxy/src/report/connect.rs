@@ -16,7 +16,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Attest, Connect, Connected, Evidence, ReportError};
 use crate::{
     attest::AttestHandle,
-    join::{Dialled, JoinError, Own, dial_member},
+    join::{Dialled, JoinError, Membership, Own, dial_member},
     log::LogHandle,
     serve::Releasing,
 };
@@ -31,8 +31,8 @@ pub struct Proxy {
     pub attest: AttestHandle,
     /// The log that they are about.
     pub log: LogHandle,
-    /// What verifiers have accepted.
-    pub releasing: Releasing,
+    /// What verifiers have accepted; none for a log that keeps everything.
+    pub releasing: Option<Releasing>,
     /// The verifier that it is for.
     pub verifier: String,
 }
@@ -43,7 +43,9 @@ impl Attest for Proxy {
     }
 
     async fn evidence(&self, nonce: Nonce, binding: Vec<u8>, have: Have) -> Result<Evidence, String> {
-        self.releasing.asked(&self.verifier, &have).await;
+        if let Some(releasing) = &self.releasing {
+            releasing.asked(&self.verifier, &have).await;
+        }
         // What comes between is reported once more: better than not at all.
         let position = self.log.head().map_err(|e| e.to_string())?.log_len;
         let stream = self.attest.challenge(nonce, binding, have).await.map_err(|e| e.to_string())?;
@@ -60,7 +62,7 @@ impl Attest for Proxy {
                 Err(_) => std::future::pending().await,
             }
             if log.changed().await.is_err() {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     }
@@ -74,6 +76,12 @@ pub struct Dial {
 impl Dial {
     pub(crate) fn new(own: Arc<RwLock<Own>>) -> Self {
         Self { own }
+    }
+
+    /// As this member, which is not renewed.
+    #[must_use]
+    pub fn of(membership: &Membership) -> Self {
+        Self::new(Arc::new(RwLock::new(Own::of(membership))))
     }
 }
 

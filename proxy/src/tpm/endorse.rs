@@ -39,6 +39,14 @@ pub struct Endorsement {
     persistent: Option<u32>,
 }
 
+impl Endorsement {
+    /// The key of a TPM in memory: nobody vouches for it, and only that TPM knows where it is.
+    #[must_use]
+    pub fn in_memory(public: Vec<u8>) -> Self {
+        Self { public, certificate: None, chain: Vec::new(), kind: EkKind::EccP256, persistent: None }
+    }
+}
+
 /// A certificate that the operator has for a TPM without one.
 #[derive(Debug, Clone, Default)]
 pub struct GivenCertificate {

@@ -81,6 +81,14 @@ impl GuestLists {
         Self { catalogue: Arc::clone(&self.catalogue), state: Mutex::new(self.lock().clone()) }
     }
 
+    /// Bytes of all lists as the guests' kernels have them, each with all its entries.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let state = self.lock();
+        let entry = |place: &u32| self.catalogue.entries[state.dictionary[*place as usize] as usize].raw.len() as u64;
+        state.lists.values().flatten().flat_map(|list| &list.references).map(entry).sum()
+    }
+
     /// A VM's process is gone.
     pub fn end(&self, vm: VmRef) {
         self.lock().lists.remove(&vm);

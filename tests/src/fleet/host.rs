@@ -4,7 +4,10 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -111,10 +114,23 @@ pub struct Truth {
     pub vms: BTreeMap<VmId, (SessionId, u64)>,
 }
 
-/// The clock of this machine is every host's.
+/// This machine's clock.
 pub fn now() -> TimeMs {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     TimeMs(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// By how many milliseconds the clocks of all hosts of this process are ahead of the machine's.
+static AHEAD: AtomicI64 = AtomicI64::new(0);
+
+/// Steps the clocks of all hosts of this process.
+pub fn step_clocks(by_ms: i64) {
+    AHEAD.fetch_add(by_ms, Ordering::Relaxed);
+}
+
+/// Every host's clock.
+pub(super) fn host_now() -> TimeMs {
+    TimeMs(now().0.saturating_add_signed(AHEAD.load(Ordering::Relaxed)))
 }
 
 impl Host {
@@ -174,7 +190,7 @@ impl Host {
             quoted_banks: vec![HashAlg::Sha256],
             inventory: Arc::clone(&self.inventory),
             segment_bytes: u64::MAX,
-            now: Box::new(now),
+            now: Box::new(host_now),
             new_epoch_id: Box::new(move || EpochId(seed)),
         };
         let (recorder, log) =
@@ -192,7 +208,7 @@ impl Host {
             room: Arc::clone(&self.guests) as _,
             processes: Arc::new(processes),
             wait: Duration::ZERO,
-            clock: now,
+            clock: host_now,
             firmware_log: None,
             ima_list: Some(self.around.host_list.clone()),
             acknowledged: None,
@@ -429,6 +445,13 @@ impl Host {
         Ok(Truth { epoch: head.epoch.number, records: head.log_len, vms })
     }
 
+    /// Bytes of its log, its kernel's list and its guests' lists, each of these whole.
+    #[must_use]
+    pub fn list_bytes(&self) -> u64 {
+        let own: usize = self.around.catalogue.host.iter().map(|listed| listed.raw.len()).sum();
+        (self.disk.len() + own) as u64 + self.guests.bytes()
+    }
+
     /// An attacker's: a VM that is off is started from an image that somebody has changed meanwhile.
     pub fn change_image(&mut self) -> Option<VmId> {
         let vm = self.vms.iter_mut().find(|vm| vm.session.is_none())?;
@@ -456,7 +479,7 @@ impl Vm {
 }
 
 fn event(vm: Option<VmRef>, body: impl Into<EventBody>) -> Event {
-    Event { time: now(), vm, body: body.into() }
+    Event { time: host_now(), vm, body: body.into() }
 }
 
 fn first_16(bytes: &[u8]) -> [u8; 16] {

@@ -15,7 +15,7 @@ use onequote_evidence::{
         software::{Ak, Ek},
     },
 };
-use onequote_proxy::tpm::{Clock, Quote, Tpm, TpmError, TpmErrorKind};
+use onequote_proxy::tpm::{Clock, EkKind, Endorsement, GivenCertificate, Quote, Tpm, TpmError, TpmErrorKind};
 
 /// `TPM_RC_FAILURE`: what a chip answers that cannot do what it must.
 const FAILURE: u32 = 0x101;
@@ -48,7 +48,7 @@ pub struct SavedChip {
 }
 
 impl Chip {
-    /// A chip in a host that was switched on a moment ago, for the first time.
+    /// A chip that was used for a month before, in a host that was switched on a moment ago.
     ///
     /// # Errors
     /// The random generator fails.
@@ -65,7 +65,8 @@ impl Chip {
             ek: Arc::new(ek),
             values: [Sha256::ZERO; PCR_COUNT as usize],
             powered: Instant::now(),
-            clock: Clock { clock: 0, reset_count: 0, restart_count: 0, safe: true },
+            // It has been powered for a month: the clock can be set back.
+            clock: Clock { clock: 30 * 24 * 3600 * 1000, reset_count: 0, restart_count: 0, safe: true },
             other: None,
             quotes: 0,
             extends: 0,
@@ -244,6 +245,23 @@ impl Tpm for Connected {
 
     fn clock(&mut self) -> Result<Clock, TpmError> {
         Ok(self.chip.lock().now())
+    }
+
+    fn endorsement(
+        &mut self,
+        _kind: Option<EkKind>,
+        _given: Option<&GivenCertificate>,
+    ) -> Result<Endorsement, TpmError> {
+        Ok(Endorsement::in_memory(self.chip.ek_public()))
+    }
+
+    fn activate(&mut self, _ek: &Endorsement, blob: &[u8], secret: &[u8]) -> Result<Vec<u8>, TpmError> {
+        let (ek, name) = {
+            let state = self.chip.lock();
+            (Arc::clone(&state.ek), Public::parse(&state.ak_public).map(|ak| ak.name()))
+        };
+        let name = name.map_err(|_| failure("TPM2_ActivateCredential"))?;
+        ek.activate(&name, blob, secret).map_err(|_| failure("TPM2_ActivateCredential"))
     }
 
     fn ak_public(&self) -> &[u8] {

@@ -84,6 +84,20 @@ impl Assets {
     }
 }
 
+/// The verifier's program as it is now, for those who need no guests.
+///
+/// # Errors
+/// It cannot be built.
+pub fn verifier_program() -> Result<PathBuf> {
+    let programs = program_folder()?;
+    let target = programs.parent().context("this program is in no target folder")?;
+    let program = programs.join("onequote-verifier");
+    if std::env::var_os("ONEQUOTE_BUILT").is_none() || !program.exists() {
+        build_own(&programs, target, &["onequote-verifier"])?;
+    }
+    Ok(program)
+}
+
 /// The folder of this program, without `deps`: that of the profile in the target folder.
 fn program_folder() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
@@ -102,23 +116,29 @@ fn build_programs(programs: &Path) -> Result<PathBuf> {
     if std::env::var_os("ONEQUOTE_BUILT").is_some() && shim.exists() {
         return Ok(shim);
     }
-    let cargo = || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.arg("build").arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
-        cargo
-    };
-    let mut own = cargo();
-    own.args(["--package", "onequote-proxy", "--package", "onequote-verifier"]);
-    if programs.ends_with("release") {
-        own.arg("--release");
-    }
-    command::output(&mut own).map_err(shorten)?;
-    let mut static_shim = cargo();
+    build_own(programs, target, &["onequote-proxy", "onequote-verifier"])?;
+    let mut static_shim = cargo(target);
     static_shim
         .args(["--package", "onequote-shim", "--profile", "shim", "--target", SHIM_TARGET])
         .env("RUSTFLAGS", SHIM_FLAGS);
     command::output(&mut static_shim).map_err(shorten)?;
     Ok(shim)
+}
+
+fn cargo(target: &Path) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.arg("build").arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo
+}
+
+fn build_own(programs: &Path, target: &Path, packages: &[&str]) -> Result<()> {
+    let mut own = cargo(target);
+    own.args(packages.iter().flat_map(|package| ["--package", package]));
+    if programs.ends_with("release") {
+        own.arg("--release");
+    }
+    command::output(&mut own).map_err(shorten)?;
+    Ok(())
 }
 
 /// The compiler's messages are long; their end is what matters.

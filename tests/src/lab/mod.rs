@@ -47,7 +47,7 @@ mod vsock;
 pub mod wait;
 mod world;
 
-pub use assets::Assets;
+pub use assets::{Assets, verifier_program};
 pub use bare::{Act, Bare};
 pub use console::{Answer, Console};
 pub use distribution::{Distribution, SMALL_PACKAGE, ShimStart};

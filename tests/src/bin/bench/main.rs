@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 
 mod appraisal;
+mod fleet;
 mod guests;
 mod images;
 mod looks;
@@ -33,12 +34,18 @@ struct Cli {
     /// Only benches whose name contains this; can be given more than once.
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
+    /// Small fleets for a short time. The numbers say so in their names.
+    #[arg(long)]
+    short: bool,
+    /// Write the pages that are made of numbers to this folder.
+    #[arg(long, value_name = "DIR")]
+    docs: Option<PathBuf>,
 }
 
 type Bench = fn(&mut Numbers) -> Result<()>;
 
 /// Every bench by name, in the order in which they run.
-const BENCHES: [(&str, Bench); 19] = [
+const BENCHES: [(&str, Bench); 23] = [
     ("shim", shim_size),
     ("commands", rounds::commands),
     ("round-played", rounds::played),
@@ -58,6 +65,10 @@ const BENCHES: [(&str, Bench); 19] = [
     ("appraise-guests", appraisal::guests),
     ("appraise-steady", appraisal::steady),
     ("appraise-memory", appraisal::memory),
+    ("report-bytes", fleet::bytes),
+    ("fleet", fleet::sqlite),
+    ("fleet-replicas", fleet::replicas),
+    ("growth", fleet::growth),
 ];
 
 /// Those that need guests that really run.
@@ -71,7 +82,7 @@ fn main() -> Result<ExitCode> {
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build; `cargo xtask bench` measures a release build");
     }
-    let mut numbers = Numbers::default();
+    let mut numbers = Numbers { short: cli.short, docs: cli.docs.clone(), ..Numbers::default() };
     for (name, bench) in BENCHES {
         let wanted = cli.only.is_empty() || cli.only.iter().any(|part| name.contains(part.as_str()));
         if wanted && !(cli.no_guests && GUESTS.contains(&name)) {
@@ -80,10 +91,10 @@ fn main() -> Result<ExitCode> {
         }
     }
     if let Some(file) = &cli.json {
-        fs::write(file, serde_json::to_vec_pretty(&numbers.0)?)
+        fs::write(file, serde_json::to_vec_pretty(&numbers.list)?)
             .with_context(|| format!("writing {}", file.display()))?;
     }
-    Ok(match numbers.0.iter().any(|number| number.holds == Some(false)) {
+    Ok(match numbers.list.iter().any(|number| number.holds == Some(false)) {
         false => ExitCode::SUCCESS,
         true => ExitCode::FAILURE,
     })

@@ -1,5 +1,7 @@
 //! What a bench reports: name, value, unit, and what is wanted of it.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 /// One number. Without a target it is there to be known, and nothing has to hold.
@@ -13,7 +15,13 @@ pub(crate) struct Number {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Numbers(pub(crate) Vec<Number>);
+pub(crate) struct Numbers {
+    pub(crate) list: Vec<Number>,
+    /// Whether fleets are to be small.
+    pub(crate) short: bool,
+    /// Where pages that are made of numbers go.
+    pub(crate) docs: Option<PathBuf>,
+}
 
 impl Numbers {
     pub(crate) fn below(&mut self, name: &str, value: f64, unit: &'static str, bound: f64) {
@@ -43,6 +51,6 @@ impl Numbers {
             (None, _) => String::new(),
         };
         println!("{name:<44} {value:>12.3} {unit:<10} {words}");
-        self.0.push(Number { name: name.to_owned(), value, unit, target, holds });
+        self.list.push(Number { name: name.to_owned(), value, unit, target, holds });
     }
 }
