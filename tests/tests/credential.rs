@@ -9,7 +9,7 @@ use onequote_evidence::{
     tpm::{Public, StorageKey},
 };
 use onequote_proxy::tpm::{EkKind, Endorsement, EsapiTpm, Tpm as _, TpmErrorKind};
-use onequote_tests::lab::Tpm;
+use onequote_tests::lab::{Maker, Tpm};
 use onequote_verifier::{
     enrol::{
         authority::Authority,
@@ -90,6 +90,90 @@ fn a_proxy_opens_what_we_make_for_every_kind_of_endorsement_key() {
         let other = credential::make(&key, &[&[0, 0x0b][..], &[9; 32]].concat(), &[5; 32], &System).unwrap();
         let error = proxy.activate(&ek, &other.blob, &other.encrypted_seed).unwrap_err();
         assert!(matches!(error.kind, TpmErrorKind::OtherCredential { .. }), "{kind:?}: {error}");
+    }
+}
+
+/// Whether the proxy opens what is made for this key.
+fn opens(proxy: &mut EsapiTpm, ek: &Endorsement) {
+    let (key, name) = (StorageKey::parse(&ek.public).unwrap(), Public::parse(proxy.ak_public()).unwrap().name());
+    let made = credential::make(&key, &name, &[5; 32], &System).unwrap();
+    assert_eq!(proxy.activate(ek, &made.blob, &made.encrypted_seed).unwrap(), [5; 32]);
+}
+
+#[test]
+fn a_nonce_in_nv_fills_the_usual_template_and_one_in_nv_alike() {
+    // Kind, where nonce and template are, and how long the parts of the template's `unique` are.
+    let low: [(EkKind, u32, &[usize]); 2] =
+        [(EkKind::Rsa2048, 0x01C0_0003, &[256]), (EkKind::EccP256, 0x01C0_000B, &[32, 32])];
+    for (kind, at, unique) in low {
+        let dir = tempfile::tempdir().unwrap();
+        let tpm = Tpm::start(&dir.path().join("tpm"), false, false).unwrap();
+        let mut proxy = EsapiTpm::open(&tpm.tcti()).unwrap();
+        let usual = proxy.endorsement(Some(kind), None).unwrap();
+        // The nonce alone goes with the usual template.
+        tpm.put(dir.path(), at, &[0x5A; 20]).unwrap();
+        let with_nonce = proxy.endorsement(Some(kind), None).unwrap();
+        assert_ne!(with_nonce.public, usual.public, "{kind:?}");
+        opens(&mut proxy, &with_nonce);
+        // And a template: what is usual, with a `unique` of zeros, which the nonce fills.
+        let size = unique.iter().map(|part| part + 2).sum::<usize>();
+        let mut template = usual.public[2..usual.public.len() - size].to_vec();
+        for part in unique {
+            template.extend((*part as u16).to_be_bytes());
+            template.extend(vec![0; *part]);
+        }
+        tpm.put(dir.path(), at + 1, &template).unwrap();
+        let with_both = proxy.endorsement(Some(kind), None).unwrap();
+        opens(&mut proxy, &with_both);
+        assert_eq!(with_both.public, with_nonce.public, "the same template, the same nonce: {kind:?}");
+    }
+}
+
+#[test]
+fn a_template_in_nv_alone_is_taken_as_it_is() {
+    for (kind, at) in [(EkKind::Rsa2048, 0x01C0_0004), (EkKind::EccP256, 0x01C0_000C), (EkKind::EccP384, 0x01C0_0017)] {
+        let dir = tempfile::tempdir().unwrap();
+        let tpm = Tpm::start(&dir.path().join("tpm"), false, false).unwrap();
+        let mut proxy = EsapiTpm::open(&tpm.tcti()).unwrap();
+        let usual = proxy.endorsement(Some(kind), None).unwrap();
+        // Its `unique` is another: another key.
+        let mut template = usual.public[2..].to_vec();
+        let last = template.len() - 1;
+        template[last] ^= 1;
+        tpm.put(dir.path(), at, &template).unwrap();
+        let other = proxy.endorsement(Some(kind), None).unwrap();
+        assert_ne!(other.public, usual.public, "{kind:?}");
+        opens(&mut proxy, &other);
+        let mut again = EsapiTpm::open(&tpm.tcti()).unwrap();
+        assert_eq!(again.endorsement(Some(kind), None).unwrap().public, other.public, "{kind:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tpm = Tpm::start(&dir.path().join("tpm"), false, false).unwrap();
+    tpm.put(dir.path(), 0x01C0_000C, b"no template").unwrap();
+    let refused = EsapiTpm::open(&tpm.tcti()).unwrap().endorsement(Some(EkKind::EccP256), None).unwrap_err();
+    assert!(refused.to_string().contains("template"), "{refused}");
+}
+
+#[test]
+fn certificates_of_the_high_range_are_found_and_believed() {
+    for (kind, index) in
+        [(EkKind::Rsa2048High, 0x01C0_0012), (EkKind::EccP256High, 0x01C0_0014), (EkKind::EccP384, 0x01C0_0016)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let maker = Maker::new(&dir.path().join("maker")).unwrap();
+        let tpm = Tpm::start(&dir.path().join("tpm"), false, false).unwrap();
+        let mut proxy = EsapiTpm::open(&tpm.tcti()).unwrap();
+        let bare = proxy.endorsement(Some(kind), None).unwrap();
+        let certificate = maker.certify_der(&bare.public, kind == EkKind::Rsa2048High).unwrap();
+        // An index is often longer than what it holds.
+        tpm.put(dir.path(), index, &[&certificate[..], &[0xFF; 30]].concat()).unwrap();
+        let found = proxy.endorsement(None, None).unwrap();
+        assert_eq!((&found.public, found.certificate.as_ref()), (&bare.public, Some(&certificate)), "{kind:?}");
+        opens(&mut proxy, &found);
+        let roots = Roots::load(&[maker.root()], &[], &[]).unwrap();
+        let key = StorageKey::parse(&found.public).unwrap();
+        let vouched = roots.check(&key, found.certificate.as_deref(), &found.chain, System.now()).unwrap();
+        assert_eq!((vouched.software, vouched.model.model.as_deref()), (false, Some("proof")), "{kind:?}");
     }
 }
 

@@ -5,16 +5,29 @@ use std::{fs, io::Read as _, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use onequote_evidence::stream::Have;
-use onequote_tests::lab::{Options, Process, Run, Tpm, Verdict, World, authority_certificates, wait};
+use onequote_proxy::tpm::{EkKind, EsapiTpm};
+use onequote_tests::lab::{Maker, Options, Process, Run, Tpm, Verdict, World, authority_certificates, wait};
 use onequote_verifier::{client, enrol::Identity};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// A world whose TPM has certificates.
-fn certified() -> Result<(tempfile::TempDir, World)> {
-    let authority = tempfile::tempdir()?;
+/// Where hosts join in a test.
+struct Door {
+    /// The authority of its TPMs.
+    authority: tempfile::TempDir,
+    url: String,
+}
+
+/// Runs a test in a world whose TPM has certificates, and whose verifier has a door open, with these arguments more.
+fn with_door(more: &[&str], test: impl FnOnce(&mut World, &Door) -> Result<()>) {
+    let authority = tempfile::tempdir().unwrap();
     let options = Options { tpm_authority: Some(authority.path().to_owned()), ..Options::default() };
-    Ok((authority, World::with(options)?))
+    World::test_with(options, |world| {
+        world.verifier(&["init"])?.success()?;
+        world.write_proxy_config()?;
+        let url = open_door(world, &authority, "127.0.0.1:0", more)?;
+        test(world, &Door { authority, url })
+    });
 }
 
 /// Serves with the authority of software TPMs as roots.
@@ -49,14 +62,9 @@ fn wait_known(world: &mut World) -> Result<()> {
 
 #[test]
 fn a_host_joins_and_is_attested_by_its_certificate() {
-    let (authority, mut world) = certified().unwrap();
-    let world = &mut world;
-    let mut test = || -> Result<()> {
-        world.verifier(&["init"])?.success()?;
-        world.write_proxy_config()?;
-        let url = open_door(world, &authority, "127.0.0.1:0", &[])?;
+    with_door(&[], |world, Door { url, .. }| {
         let token = world.token(&["--host", World::HOST, "--software-tpm"])?;
-        let joined = join(world, &url, &token)?.success()?;
+        let joined = join(world, url, &token)?.success()?;
         ensure!(joined.output.contains("joined lab as lab-host") && joined.output.contains("SOFTWARE"), "{joined:?}");
         let shown = world.proxy_command(&["join", "--help"])?.output;
         ensure!(shown.contains("Everybody on this machine can read a command line"), "{shown}");
@@ -94,11 +102,7 @@ fn a_host_joins_and_is_attested_by_its_certificate() {
         world.start_proxy()?;
         wait_known(world)?;
         world.verdict()?.host().is("trusted")
-    };
-    if let Err(e) = test() {
-        world.print_logs();
-        panic!("{e:#}");
-    }
+    });
 }
 
 /// The bytes of a PEM file's first block.
@@ -114,20 +118,16 @@ fn pem(text: &str) -> Result<Vec<u8>> {
 
 #[test]
 fn a_proxy_that_runs_joins_and_lets_the_verifier_in_at_once() {
-    let (authority, mut world) = certified().unwrap();
-    let world = &mut world;
-    let mut test = || -> Result<()> {
-        world.verifier(&["init"])?.success()?;
-        let url = open_door(world, &authority, "127.0.0.1:0", &["--certificate-lifetime", "12s"])?;
+    with_door(&["--certificate-lifetime", "12s"], |world, Door { authority, url }| {
         world.start_proxy()?;
         let process = world.proxy()?.id();
         // Nobody is let in so far.
         let address = world.proxy_url()?.trim_start_matches("https://").to_owned();
         let mut early = std::net::TcpStream::connect(&address)?;
         ensure!(matches!(early.read(&mut [0; 1]), Ok(0) | Err(_)), "the door is open before anybody has joined");
-        let refusal = join(world, &url, &world.token(&["--software-tpm", "--host", "another"])?)?;
+        let refusal = join(world, url, &world.token(&["--software-tpm", "--host", "another"])?)?;
         refused(&refusal, "token-other-host")?;
-        join(world, &url, &world.token(&["--software-tpm"])?)?.success()?;
+        join(world, url, &world.token(&["--software-tpm"])?)?.success()?;
         wait_known(world)?;
         world.learn_policy()?;
         world.verdict()?.host().is("trusted")?;
@@ -137,13 +137,13 @@ fn a_proxy_that_runs_joins_and_lets_the_verifier_in_at_once() {
         // Again, under another name: the verifier has taken back what it gave first.
         let (file, token) = (world.folder().join("token"), world.token(&["--software-tpm"])?);
         fs::write(&file, token)?;
-        let again = world.proxy_command(&["join", &url, "--token-file", &file.to_string_lossy(), "--name", "other"])?;
+        let again = world.proxy_command(&["join", url, "--token-file", &file.to_string_lossy(), "--name", "other"])?;
         again.success()?;
         world.verdict()?.host().is("trusted")?;
         let folders = world.proxy_state().join("verifiers");
         ensure!(folders.join("other").is_dir() && !folders.join("lab").exists(), "the old membership is still there");
         // A verifier with an authority of its own is let in beside the first.
-        let second = Second::start(world, &authority)?;
+        let second = Second::start(world, authority)?;
         let token = second.token()?;
         fs::write(&file, token)?;
         world
@@ -161,11 +161,7 @@ fn a_proxy_that_runs_joins_and_lets_the_verifier_in_at_once() {
         world.start_proxy()?;
         wait_known(world)?;
         world.verdict()?.host().is("trusted")
-    };
-    if let Err(e) = test() {
-        world.print_logs();
-        panic!("{e:#}");
-    }
+    });
 }
 
 /// Another verifier.
@@ -206,15 +202,9 @@ impl Second {
 
 #[test]
 fn certificates_are_renewed_and_a_verifier_may_be_away() {
-    let (authority, mut world) = certified().unwrap();
-    let world = &mut world;
-    let mut test = || -> Result<()> {
-        world.verifier(&["init"])?.success()?;
-        world.write_proxy_config()?;
-        let short = ["--certificate-lifetime", "12s"];
-        let url = open_door(world, &authority, "127.0.0.1:0", &short)?;
+    with_door(&["--certificate-lifetime", "12s"], |world, Door { authority, url }| {
         let token = world.token(&["--software-tpm"])?;
-        join(world, &url, &token)?.success()?;
+        join(world, url, &token)?.success()?;
         let identity = world.proxy_state().join("verifiers/lab/identity.pem");
         let first = fs::read(&identity)?;
         world.start_proxy()?;
@@ -238,7 +228,7 @@ fn certificates_are_renewed_and_a_verifier_may_be_away() {
             let log = fs::read_to_string(world.folder().join("log/proxy.log"))?;
             Ok(log.contains("the membership could not be kept up").then_some(()))
         })?;
-        open_door(world, &authority, &address, &["--certificate-lifetime", "60s"])?;
+        open_door(world, authority, &address, &["--certificate-lifetime", "60s"])?;
         renewed(world)?;
         world.verdict()?.host().is("trusted")?;
 
@@ -247,14 +237,14 @@ fn certificates_are_renewed_and_a_verifier_may_be_away() {
         world.verdict()?.host().is_untrusted_for("host-withdrawn", "")?;
         let token = world.token(&["--software-tpm"])?;
         world.proxy()?.terminate()?;
-        refused(&join(world, &url, &token)?, "host-withdrawn")?;
+        refused(&join(world, url, &token)?, "host-withdrawn")?;
         world.start_proxy()?;
         world.wait_until("the proxy to be refused", LIMIT, |world| {
             Ok(world.audited("here", "host-withdrawn")?.then_some(()))
         })?;
         world.proxy()?.terminate()?;
         let token = world.token(&["--software-tpm", "--replace", World::HOST])?;
-        join(world, &url, &token)?.success()?;
+        join(world, url, &token)?.success()?;
         world.start_proxy()?;
         wait_known(world)?;
         world.verdict()?.host().is("trusted")?;
@@ -264,11 +254,7 @@ fn certificates_are_renewed_and_a_verifier_may_be_away() {
             ensure!(world.audited(what, "ok")?, "{what} is not in the audit log");
         }
         Ok(())
-    };
-    if let Err(e) = test() {
-        world.print_logs();
-        panic!("{e:#}");
-    }
+    });
 }
 
 /// Another host beside the world's: a TPM and a proxy's configuration.
@@ -284,11 +270,11 @@ impl Other {
         Ok(Self { folder, tpm })
     }
 
-    fn configure(&self, id: &str) -> Result<()> {
+    fn configure(&self, id: &str, tpm: &str) -> Result<()> {
         let state = self.folder.join("proxy");
         let text = format!(
             "host_id = {id:?}\nstate_dir = {state:?}\nrun_dir = {:?}\nlisten = \"127.0.0.1:0\"\n\
-             [tpm]\ntcti = {:?}\n[guest]\nvsock = false\n",
+             [tpm]\ntcti = {:?}\n{tpm}[guest]\nvsock = false\n",
             self.folder.join("run"),
             self.tpm.tcti()
         );
@@ -302,7 +288,12 @@ impl Other {
     }
 
     fn join(&self, world: &World, id: &str, url: &str, token: &str) -> Result<Run> {
-        self.configure(id)?;
+        self.join_with(world, id, url, token, "")
+    }
+
+    /// With these lines more about its TPM.
+    fn join_with(&self, world: &World, id: &str, url: &str, token: &str, tpm: &str) -> Result<Run> {
+        self.configure(id, tpm)?;
         run(&mut self.command(world, &["join", url, "--token", token, "--name", "lab"]))
     }
 }
@@ -319,40 +310,35 @@ fn run(command: &mut Command) -> Result<Run> {
 
 #[test]
 fn tokens_that_do_not_count_and_tpms_that_are_not_wanted() {
-    let (authority, mut world) = certified().unwrap();
-    let world = &mut world;
-    let mut test = || -> Result<()> {
-        world.verifier(&["init"])?.success()?;
-        world.write_proxy_config()?;
-        let url = open_door(world, &authority, "127.0.0.1:0", &[])?;
-        refused(&join(world, &url, &world.token(&[])?)?, "software-tpm")?;
-        refused(&join(world, &url, &world.token(&["--software-tpm", "--ttl", "1ms"])?)?, "token-expired")?;
-        refused(&join(world, &url, &world.token(&["--software-tpm", "--host", "another"])?)?, "token-other-host")?;
+    with_door(&[], |world, Door { authority, url }| {
+        refused(&join(world, url, &world.token(&[])?)?, "software-tpm")?;
+        refused(&join(world, url, &world.token(&["--software-tpm", "--ttl", "1ms"])?)?, "token-expired")?;
+        refused(&join(world, url, &world.token(&["--software-tpm", "--host", "another"])?)?, "token-other-host")?;
         let token = world.token(&["--software-tpm"])?;
         let (head, tail) = token.split_at(30);
         let wrong = format!("{head}{}{}", if tail.starts_with('0') { '1' } else { '0' }, &tail[1..]);
-        refused(&join(world, &url, &wrong)?, "token-unknown")?;
-        refused(&join(world, &url, "oq1.rubbish")?, "not a token")?;
+        refused(&join(world, url, &wrong)?, "token-unknown")?;
+        refused(&join(world, url, "oq1.rubbish")?, "not a token")?;
         // The pin of another verifier: nothing is sent to this one.
         let (front, _) = token.rsplit_once('.').context("a token")?;
         let asked = world.audit()?.len();
         refused(
-            &join(world, &url, &format!("{front}.{}", "00".repeat(32)))?,
+            &join(world, url, &format!("{front}.{}", "00".repeat(32)))?,
             "not the verifier that the token is from",
         )?;
         ensure!(world.audit()?.len() == asked, "something was sent");
 
-        join(world, &url, &token)?.success()?;
-        refused(&join(world, &url, &token)?, "token-used")?;
-        let other = Other::new(world, &authority, "other")?;
-        refused(&other.join(world, "host-2", &url, &token)?, "token-used")?;
+        join(world, url, &token)?.success()?;
+        refused(&join(world, url, &token)?, "token-used")?;
+        let other = Other::new(world, authority, "other")?;
+        refused(&other.join(world, "host-2", url, &token)?, "token-used")?;
         // Two hosts cannot share an id, and one TPM is one host.
         let token = world.token(&["--software-tpm"])?;
-        refused(&other.join(world, World::HOST, &url, &token)?, "id-other-ek")?;
-        other.join(world, "host-2", &url, &token)?.success()?;
+        refused(&other.join(world, World::HOST, url, &token)?, "id-other-ek")?;
+        other.join(world, "host-2", url, &token)?.success()?;
         let token = world.token(&["--software-tpm"])?;
-        refused(&other.join(world, "host-3", &url, &token)?, "ek-in-use")?;
-        other.join(world, "host-2", &url, &token)?.success()?;
+        refused(&other.join(world, "host-3", url, &token)?, "ek-in-use")?;
+        other.join(world, "host-2", url, &token)?.success()?;
         for result in [
             "software-tpm",
             "token-expired",
@@ -367,45 +353,36 @@ fn tokens_that_do_not_count_and_tpms_that_are_not_wanted() {
         }
         // Without the roots nobody vouches for this TPM; without a certificate the token may do.
         world.stop_serve()?;
-        let url = world.start_door("127.0.0.1:0", &[])?;
+        let url = &world.start_door("127.0.0.1:0", &[])?;
         let token = world.token(&["--software-tpm", "--replace", "host-2"])?;
-        refused(&other.join(world, "host-2", &url, &token)?, "ek-certificate")?;
+        refused(&other.join(world, "host-2", url, &token)?, "ek-certificate")?;
         let bare = Tpm::start(&world.folder().join("bare"), false, false)?;
         let bare = Other { folder: world.folder().join("bare"), tpm: bare };
         let token = world.token(&["--uses", "2"])?;
-        refused(&bare.join(world, "host-4", &url, &token)?, "software-tpm")?;
+        refused(&bare.join(world, "host-4", url, &token)?, "software-tpm")?;
         let token = world.token(&["--software-tpm"])?;
-        bare.join(world, "host-4", &url, &token)?.success()?;
+        bare.join(world, "host-4", url, &token)?.success()?;
         let refusal = world.verifier(&["serve", "--fetch-intermediates"])?;
         refused(&refusal, "fetching intermediates is not built")
-    };
-    if let Err(e) = test() {
-        world.print_logs();
-        panic!("{e:#}");
-    }
+    });
 }
 
 #[test]
 fn a_copied_state_folder_is_worth_nothing_on_another_host() {
-    let (authority, mut world) = certified().unwrap();
-    let world = &mut world;
-    let mut test = || -> Result<()> {
-        world.verifier(&["init"])?.success()?;
-        world.write_proxy_config()?;
-        let url = open_door(world, &authority, "127.0.0.1:0", &["--certificate-lifetime", "12s"])?;
-        join(world, &url, &world.token(&["--software-tpm"])?)?.success()?;
+    with_door(&["--certificate-lifetime", "12s"], |world, Door { authority, url }| {
+        join(world, url, &world.token(&["--software-tpm"])?)?.success()?;
         world.start_proxy()?;
         wait_known(world)?;
         world.learn_policy()?;
         world.proxy()?.terminate()?;
 
-        let other = Other::new(world, &authority, "other")?;
+        let other = Other::new(world, authority, "other")?;
         let copied = Command::new("cp").arg("-a").arg(world.proxy_state()).arg(other.folder.join("proxy")).status()?;
         ensure!(copied.success(), "cp failed");
         let state = other.folder.join("proxy");
         fs::remove_dir_all(state.join("log"))?;
         fs::remove_file(state.join("listen.addr"))?;
-        other.configure(World::HOST)?;
+        other.configure(World::HOST, "")?;
         refused(&run(&mut other.command(world, &["run"]))?, "another TPM")?;
 
         // With the check out of the way: the other TPM's attestation key stands where that of the host was.
@@ -433,11 +410,36 @@ fn a_copied_state_folder_is_worth_nothing_on_another_host() {
         wait::for_true("the renewal to be refused", LIMIT, || world.audited("renew", "quote-wrong"))?;
         ensure!(!world.audited("renew", "ok")?, "the certificate was renewed");
         Ok(())
-    };
-    if let Err(e) = test() {
-        world.print_logs();
-        panic!("{e:#}");
-    }
+    });
+}
+
+#[test]
+fn a_certificate_from_a_file_vouches_for_a_tpm_that_has_none() {
+    World::test(|world| {
+        world.verifier(&["init"])?.success()?;
+        let maker = Maker::new(&world.folder().join("maker"))?;
+        let root = maker.root().display().to_string();
+        let bare = Tpm::start(&world.folder().join("bare"), false, false)?;
+        let ek = EsapiTpm::open(&bare.tcti())?.endorsement(Some(EkKind::EccP256), None)?;
+        let other = Tpm::start(&world.folder().join("other"), false, false)?;
+        let stranger = EsapiTpm::open(&other.tcti())?.endorsement(Some(EkKind::EccP256), None)?;
+        let bare = Other { folder: world.folder().join("bare"), tpm: bare };
+        let url = world.start_door("127.0.0.1:0", &["--ek-roots", &root])?;
+        // No token for software TPMs: somebody must vouch for this one.
+        let token = world.token(&[])?;
+        refused(&bare.join(world, "host-1", &url, &token)?, "software-tpm")?;
+        let certified =
+            |public: &[u8]| -> Result<String> { Ok(format!("ek_certificate = {:?}\n", maker.certify(public, false)?)) };
+        let of_another = certified(&stranger.public)?;
+        let shown = bare.join_with(world, "host-1", &url, &token, &of_another)?;
+        refused(&shown, "no key of this TPM has the public value that is in the certificate")?;
+        let own = certified(&ek.public)?;
+        bare.join_with(world, "host-1", &url, &token, &own)?.success()?;
+        let hosts = world.verifier(&["hosts", "--json"])?.json()?;
+        let vouched = hosts[0]["vouched"].as_str().context("nobody vouches")?;
+        ensure!(hosts[0]["software_tpm"] == false && vouched.contains("a maker of TPMs"), "{hosts}");
+        Ok(())
+    });
 }
 
 #[test]

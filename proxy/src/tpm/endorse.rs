@@ -179,18 +179,21 @@ impl EsapiTpm {
         Ok(None)
     }
 
-    /// The templates that a key of this kind can have been made from: that in NV, if there is one, or the usual one.
+    /// The templates that a key of this kind can have been made from: that in NV, if there is one, or the usual one; a nonce
+    /// in NV fills either's `unique`.
     fn templates(&mut self, kind: EkKind, indices: &[u32]) -> Result<Vec<sys::TPM2B_PUBLIC>, TpmError> {
         let (template, nonce) = kind.template_indices();
         let malformed = |tpm: &Self, rc: Rc| tpm.error("endorsement key template", rc.kind(1));
-        if indices.contains(&template) {
-            let bytes = self.nv(template)?;
-            return esys::unmarshal_template(&bytes).map(|template| vec![template]).map_err(|rc| malformed(self, rc));
-        }
         let nonce = match nonce.filter(|nonce| indices.contains(nonce)) {
             Some(index) => self.nv(index)?,
             None => Vec::new(),
         };
+        if indices.contains(&template) {
+            let bytes = self.nv(template)?;
+            let filled = if nonce.is_empty() { None } else { template::with_nonce(&bytes, &nonce) };
+            let template = esys::unmarshal_template(filled.as_deref().unwrap_or(&bytes));
+            return template.map(|template| vec![template]).map_err(|rc| malformed(self, rc));
+        }
         kind.template(&nonce).map(|template| vec![template]).map_err(|rc| malformed(self, rc))
     }
 

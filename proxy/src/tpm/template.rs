@@ -91,6 +91,24 @@ impl EkKind {
     }
 }
 
+/// A template of the low range (`TPMT_PUBLIC` of an RSA-2048 or P-256 storage key) whose `unique` a nonce fills from the
+/// left; none when it is too short to be one.
+pub(super) fn with_nonce(template: &[u8], nonce: &[u8]) -> Option<Vec<u8>> {
+    let word = |at: usize| Some(u16::from_be_bytes([*template.get(at)?, *template.get(at + 1)?]));
+    let is_rsa = word(0)? == ALG_RSA;
+    // Kind, hash, attributes, policy; three words of AES, the scheme; and bits and exponent, or curve and KDF.
+    let head = 10 + usize::from(word(8)?) + 8 + if is_rsa { 6 } else { 4 };
+    let parts: &[usize] = if is_rsa { &[256] } else { &[32, 32] };
+    let mut out = template.get(..head)?.to_vec();
+    // A point's y stays zeros, as in the usual template.
+    for (&size, nonce) in parts.iter().zip([nonce, &[]]) {
+        let mut part = nonce[..nonce.len().min(size)].to_vec();
+        part.resize(size, 0);
+        out.extend(tpm2b(&part));
+    }
+    Some(out)
+}
+
 /// Whether a key is used with its empty password, and without a policy.
 pub(super) fn user_with_auth(template: &TPM2B_PUBLIC) -> bool {
     template.publicArea.objectAttributes & USER_WITH_AUTH != 0

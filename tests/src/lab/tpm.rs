@@ -73,6 +73,25 @@ impl Tpm {
         format!("swtpm:path={}", self.folder.join("tpm").display())
     }
 
+    /// Puts bytes at an index of its NV storage, to be read by whoever reads the index itself. tpm2-tools do it, with
+    /// files in `folder`.
+    ///
+    /// # Errors
+    /// The tools are missing, or the TPM refuses.
+    pub fn put(&self, folder: &Path, index: u32, bytes: &[u8]) -> Result<()> {
+        let (file, index, size) = (folder.join("nv"), format!("{index:#x}"), bytes.len().to_string());
+        fs::write(&file, bytes)?;
+        let attributes = "ownerwrite|authread|ownerread|no_da";
+        self.tool("tpm2_nvdefine", &["-C", "o", "-s", &size, "-a", attributes, &index])?;
+        self.tool("tpm2_nvwrite", &["-C", "o", "-i", &file.display().to_string(), &index])
+    }
+
+    fn tool(&self, name: &str, arguments: &[&str]) -> Result<()> {
+        let mut command = Command::new(name);
+        command.args(arguments).env("TPM2TOOLS_TCTI", self.tcti());
+        super::command::output(&mut command).map(|_| ())
+    }
+
     /// How often `command` was given since the TPM was first started.
     ///
     /// # Errors

@@ -106,9 +106,17 @@ impl World {
     ///
     /// # Panics
     /// The test failed.
-    #[allow(clippy::panic)]
     pub fn test(test: impl FnOnce(&mut Self) -> Result<()>) {
-        let mut world = match Self::new() {
+        Self::test_with(Options::default(), test);
+    }
+
+    /// As [`Self::test`], in a world with these options.
+    ///
+    /// # Panics
+    /// The test failed.
+    #[allow(clippy::panic)]
+    pub fn test_with(options: Options, test: impl FnOnce(&mut Self) -> Result<()>) {
+        let mut world = match Self::with(options) {
             Ok(world) => world,
             Err(error) => panic!("no world for this test: {error:#}"),
         };
