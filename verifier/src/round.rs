@@ -165,7 +165,11 @@ impl<S: EnrolStore> Verifier<S> {
         let expected = self.expect_now(id, all, self.times.challenge).await?;
         let target = Target { host: id, url: &enrolled.url, certificate: &enrolled.certificate };
         let identity = issued.as_deref().unwrap_or(&self.identity);
-        let Expected { challenge, have } = expected;
+        let Expected { challenge, mut have } = expected;
+        if have.statement.is_some() {
+            // A proxy that does not remember the statement cannot ask back here: the details go along.
+            have = Have { statement: have.statement, ..self.have_in_detail(id).await? };
+        }
         let answer = client::ask(target, identity, &challenge.nonce, &have, self.times.challenge).await;
         let answer = match answer {
             Ok(answer) => answer,
