@@ -431,6 +431,7 @@ fn read_bitmap(path: &Path, export: &str) -> Result<(u64, Changed), nbd::NbdErro
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
 
