@@ -33,13 +33,16 @@ use crate::{
 const HOST: &str = "h1";
 
 /// Who may report, and what becomes of reports.
+/// Nonce, binding and evidence of a report that was taken.
+type TakenReport = (Nonce, Vec<u8>, Vec<u8>);
+
 #[derive(Default)]
 struct Played {
     refuses: Mutex<Option<fn() -> Refusal>>,
     refused: Mutex<Vec<&'static str>>,
     nonces: AtomicUsize,
     have: Mutex<Have>,
-    taken: Mutex<Vec<(Nonce, Vec<u8>, Vec<u8>)>>,
+    taken: Mutex<Vec<TakenReport>>,
     outcomes: Mutex<VecDeque<Result<bool, Fault>>>,
 }
 
@@ -281,7 +284,7 @@ async fn frames_out_of_order_end_the_connection() {
     line.stream.write_all(&[0xff; 64]).await.unwrap();
     line.refused("protocol").await;
     assert!(desk.played.taken.lock().unwrap().is_empty());
-    assert!(MAX_REPORT < 1 << 30);
+    const { assert!(MAX_REPORT < 1 << 30) };
 }
 
 #[tokio::test(start_paused = true)]
