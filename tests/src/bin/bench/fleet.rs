@@ -194,9 +194,10 @@ mod plot {
     }
 
     fn panel(out: &mut String, left: f64, title: &str, rows: &[&Outcome], x: impl Fn(&Outcome) -> f64) {
-        let lines: [(&str, Box<dyn Fn(&Outcome) -> f64>); 2] = [
-            ("processor of the verifier a report, ms", Box::new(each)),
-            ("memory of the verifier, MiB", Box::new(|row| row.verifier_memory as f64 / MIB)),
+        type Value = fn(&Outcome) -> f64;
+        let lines: [(&str, Value); 2] = [
+            ("processor of the verifier a report, ms", each),
+            ("memory of the verifier, MiB", |row| row.verifier_memory as f64 / MIB),
         ];
         let log = |value: f64| value.max(1e-3).log10();
         let xs: Vec<f64> = rows.iter().map(|row| log(x(row))).collect();
