@@ -198,17 +198,13 @@ fn vm_a_changed_log_or_list_on_disk_is_refused() {
         fs::write(&file, &whole)?;
         ensure!(world.attest()?.code == 0, "not trusted after the log was put back");
 
-        // The guest's list: the proxy reads it at its start.
+        // The guest's list: the proxy reads it at its start. The last reference is to another entry.
         world.proxy()?.terminate()?;
-        let lists = world.proxy_state().join("guests");
-        let list = fs::read_dir(&lists)?
-            .filter_map(|f| f.ok().map(|f| f.path()))
-            .find(|f| f.extension().is_some_and(|e| e == "list"))
-            .context("a list")?;
-        let mut bytes = fs::read(&list)?;
-        let len = bytes.len();
-        bytes.copy_within(len - 8..len - 4, len - 4);
-        fs::write(&list, bytes)?;
+        let references = world.proxy_state().join("guests/references");
+        let mut bytes = fs::read(&references)?;
+        let last = bytes.len() - 4;
+        bytes[last] ^= 1;
+        fs::write(&references, bytes)?;
         world.start_proxy()?;
         world.enrol_again()?;
         let found = world.wait_until("the VM to be found again", LIMIT, |world| {

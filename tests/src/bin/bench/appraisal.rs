@@ -183,7 +183,9 @@ pub(crate) fn memory(numbers: &mut Numbers) -> Result<()> {
             before = resident()?;
         }
     }
-    let each = resident()?.saturating_sub(before) as f64 / HOSTS as f64;
+    let grown = resident()?.saturating_sub(before);
+    ensure!(grown > 0, "hosts took memory that was freed before: there is no number");
+    let each = grown as f64 / HOSTS as f64;
     numbers.known("memory at hand of a host with 100 VMs", each / 1024.0, "KiB");
     numbers.below("the same for 10,000 such hosts", each * 10_000.0 / f64::from(1 << 30), "GiB", 4.0);
     black_box(hosts);
