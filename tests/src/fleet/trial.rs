@@ -162,7 +162,9 @@ impl Trial {
             happened = living => happened?,
             () = telling => 0,
         };
-        fleet.settle(limit).await?;
+        // Whoever is honest has reported everything by the second period's end.
+        let settled = Duration::from_secs(60) + self.period * 2;
+        fleet.settle(settled).await?;
         let after = counts();
         let (seconds, verifier_cpu, simulator_cpu) =
             (began.elapsed().as_secs_f64(), (cpu()? - spent).as_secs_f64(), (own_cpu()? - own).as_secs_f64());
@@ -176,7 +178,7 @@ impl Trial {
             tell(&format!("{attackers} attackers have struck"));
         }
         let (whole_bytes, list_bytes) = fleet.whole(SAMPLE).await?;
-        fleet.settle(limit).await?;
+        fleet.settle(settled).await?;
         let wrong = match fleet.agree(&verifiers[0], Duration::from_secs(60)).await {
             Ok(()) => Vec::new(),
             Err(_) => fleet.compare(&verifiers[0]).await?,
