@@ -329,8 +329,11 @@ fn an_image_of_two_live_vms_means_a_full_reading_of_both() {
             bares.push(launch(world, &description)?);
         }
         for mut bare in bares {
-            let read = read_of_data(&power_off(world, &mut bare)?)?;
-            ensure!(read.how == HowRead::Full && read.why.contains("another VM"), "{read:?}");
+            let stop = power_off(world, &mut bare)?;
+            // What the other one writes meanwhile cannot be measured at all, which is said as well.
+            let read = read_of_data(&stop);
+            let whole = read.is_ok_and(|read| read.how == HowRead::Full && read.why.contains("another VM"));
+            ensure!(whole || stop.unmeasured.iter().any(|what| what.contains("data.img")), "{stop:?}");
         }
         end_bound(world)
     });
