@@ -45,7 +45,7 @@ impl Replica {
         }
         let mut command = Command::new(&world.assets().verifier);
         command.arg("--state").arg(&state).args(["--database", database, "serve", "--listen", "127.0.0.1:0"]);
-        command.args(["--enrol-listen", "127.0.0.1:0"]).args(more);
+        command.args(["--enrol-listen", "127.0.0.1:0", "--no-reports"]).args(more);
         let log = world.folder().join(format!("log/{name}.log"));
         let mut process = Process::spawn(name, &command, &log, false)?;
         wait::for_true("a replica to listen", LIMIT, || {
